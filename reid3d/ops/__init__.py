@@ -1,0 +1,57 @@
+"""Point-cloud ops on (B,N,D) tensors: the same contract, and the same indices, on every device.
+
+Each op is one file: contract, wrapper, plain-torch reference, schema, fake kernel, gradient. The compiled kernels in
+reid3d/_C.so (CPU) and reid3d/_C_cuda.so replace the references on their device; REID3D_NO_EXTENSION=1 in the environment
+leaves them out.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from .ball_query import ball_query, ball_query_reference
+from .fps import farthest_point_sample, farthest_point_sample_reference
+from .group_max import group_max, group_max_reference
+from .knn import KNN, knn, knn_reference
+
+__all__ = [
+    "KNN",
+    "backend",
+    "ball_query",
+    "ball_query_reference",
+    "farthest_point_sample",
+    "farthest_point_sample_reference",
+    "group_max",
+    "group_max_reference",
+    "knn",
+    "knn_reference",
+]
+
+
+def _load() -> dict[str, Path]:
+    """Loads what was compiled: {"cpp": path, "cuda": path}, without those that are not there or of no use."""
+    if os.environ.get("REID3D_NO_EXTENSION") == "1":
+        return {}
+    package = Path(__file__).parents[1]
+    found = {"cpp": package / "_C.so"}
+    if torch.version.cuda is not None:
+        found["cuda"] = package / "_C_cuda.so"
+    found = {kind: path for kind, path in found.items() if path.is_file()}
+    for path in found.values():
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            raise ImportError(
+                f"{path} cannot be loaded by torch {torch.__version__} ({error}): build it again with "
+                "pip install --no-build-isolation, or set REID3D_NO_EXTENSION=1 to do without"
+            ) from error
+    return found
+
+
+_loaded = _load()
+
+
+def backend() -> str:
+    """Which kernels are in use: "cpp" compiled for the CPU, "cpp+cuda" for both, "torch" the references alone."""
+    return "+".join(_loaded) or "torch"

@@ -1,0 +1,35 @@
+"""What every op demands of its arguments, and the words in which it says so."""
+
+import torch
+from torch import Tensor
+
+
+def check_points(name: str, x: Tensor, dims: int | None = None) -> Tensor:
+    """x as (B,N,D) float32 or float64; float16 and bfloat16 are widened, `dims` fixes D."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    last = "D" if dims is None else str(dims)
+    if x.dim() != 3 or x.shape[2] != (x.shape[2] if dims is None else dims):
+        raise ValueError(f"{name} must have shape (B, N, {last}), got {tuple(x.shape)}")
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_same_cloud_batch(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    """Two (B,·,D) tensors that can be compared with each other."""
+    if x.dtype != y.dtype:
+        raise TypeError(f"{name} and {other} must have one dtype, got {x.dtype} and {y.dtype}")
+    if x.device != y.device:
+        raise ValueError(f"{name} and {other} must be on one device, got {x.device} and {y.device}")
+    if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
+        raise ValueError(f"{name} and {other} must agree in B and D, got {tuple(x.shape)} and {tuple(y.shape)}")
+
+
+def check_int(name: str, value: int, low: int, high: int | None = None, what: str = "") -> None:
+    """low <= value <= high, where `what` says in words what high is."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"between {low} and {high}, {what}"
+        raise ValueError(f"{name} must be {limit}, got {value}")

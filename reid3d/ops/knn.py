@@ -1,0 +1,109 @@
+"""k nearest neighbours, exact, by direct differences."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import check_int, check_points, check_same_cloud_batch
+
+# The reference works on blocks of queries so that no more than this many pairs are held at a time.
+BLOCK = 1 << 22
+
+
+class KNN(NamedTuple):
+    """Neighbours of every query: `dist2` (B,M,k) squared distances, ascending; `idx` (B,M,k) int64 indices of points."""
+
+    dist2: Tensor
+    idx: Tensor
+
+
+def knn(query: Tensor, points: Tensor, k: int) -> KNN:
+    """The k nearest points of every query, exactly.
+
+    Distances are differences of coordinates, never |q|^2 + |p|^2 - 2qp, so clouds far from the origin keep their
+    neighbours. Equal distances are ordered by index, on every device. A point finds itself when query is points.
+    A squared distance that is NaN or overflows counts as +inf, so such points come last.
+
+    Args:
+        query: (B,M,D) floating point. float16 and bfloat16 are read as float32.
+        points: (B,N,D), same dtype and device.
+        k: number of neighbours, 1 <= k <= N.
+
+    Returns:
+        KNN(dist2, idx), both (B,M,k), ascending; dist2 is float32 or float64 and differentiable with respect to query
+        and points (the choice of neighbours is a constant), in the squared unit of the input.
+
+    Raises:
+        TypeError: an argument of the wrong kind. ValueError: a shape or k out of range.
+
+    Source: the k-NN graph of EdgeConv, Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", TOG 2019, sec. 3.1.
+    """
+    query = check_points("query", query)
+    points = check_points("points", points)
+    check_same_cloud_batch("query", query, "points", points)
+    check_int("k", k, 1, points.shape[1], "the number of points")
+    return KNN(*torch.ops.reid3d.knn(query, points, k))
+
+
+def squared_distances(query: Tensor, points: Tensor) -> Tensor:
+    """All squared distances (B,M,D) x (B,N,D) -> (B,M,N), in the dtype of the input; NaN becomes +inf.
+
+    The same roundings as the compiled kernels: coordinate after coordinate, acc = d * d + acc, where float32 is fused
+    (rounded once) and float64 is not. The product of two float32 is exact in float64, hence the detour.
+    """
+    acc = query.new_zeros((query.shape[0], query.shape[1], points.shape[1]))
+    for q, p in zip(query.unbind(2), points.unbind(2), strict=True):
+        difference = (q[:, :, None] - p[:, None, :]).double()
+        acc = difference.square_().add_(acc).to(acc.dtype)
+    return acc.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+
+
+def _smallest(dist2: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest of the last dimension in ascending order, equal values in index order."""
+    if dist2.dtype == torch.float64:
+        values, idx = dist2.sort(stable=True)
+        return values[..., :k], idx[..., :k]
+    # Bits of non-negative floats order as the floats do. With the index below them no two keys are equal, so that topk,
+    # which leaves the order of equal values open, has no choice.
+    key = dist2.view(torch.int32).long().bitwise_left_shift_(32)
+    key |= torch.arange(dist2.shape[-1], device=dist2.device)
+    key = key.topk(k, largest=False).values
+    return (key >> 32).int().view(torch.float32), key & 0xFFFFFFFF
+
+
+def knn_reference(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`knn` in plain torch, for float32 and float64: the oracle of the tests, and the kernel where none was compiled."""
+    rows = max(1, BLOCK // max(1, points.shape[0] * points.shape[1]))
+    blocks = [_smallest(squared_distances(q, points), k) for q in query.split(rows, dim=1)]
+    return torch.cat([dist2 for dist2, _ in blocks], dim=1), torch.cat([idx for _, idx in blocks], dim=1)
+
+
+torch.library.define(
+    "reid3d::knn", "(Tensor query, Tensor points, int k) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
+)
+torch.library.impl("reid3d::knn", "CompositeExplicitAutograd", knn_reference)
+
+
+@torch.library.register_fake("reid3d::knn")
+def _fake(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], query.shape[1], k)
+    return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, points, _ = inputs
+    ctx.save_for_backward(query, points, output[1])
+
+
+def _backward(ctx, grad_dist2: Tensor, _grad_idx):
+    query, points, idx = ctx.saved_tensors
+    B, M, k = idx.shape
+    rows = idx.reshape(B, M * k, 1).expand(-1, -1, points.shape[2])
+    neighbours = points.gather(1, rows).view(B, M, k, -1)
+    grad = 2 * grad_dist2[..., None] * (query[:, :, None] - neighbours)  # d|q-p|^2/dq = 2(q-p) = -d|q-p|^2/dp
+    grad_points = torch.zeros_like(points).scatter_add(1, rows, -grad.reshape(B, M * k, -1))
+    return grad.sum(2), grad_points, None
+
+
+torch.library.register_autograd("reid3d::knn", _backward, setup_context=_setup_context)
