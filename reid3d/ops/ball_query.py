@@ -10,9 +10,9 @@ from .knn import BLOCK, squared_distances
 def ball_query(centers: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
     """The first k points, in index order, strictly within a radius of every center.
 
-    First, not nearest: what PointNet++ and OG-Net's published code do. A ball with fewer than k points repeats its first
-    one; an empty ball (possible only when the center is not among the points) gives index 0 k times. The radius is
-    rounded to the dtype of the points before it is squared. A NaN coordinate is in no ball.
+    First, not nearest: what PointNet++ and OG-Net's published code do. A ball with fewer than k points repeats its
+    first one; an empty ball (possible only when the center is not among the points) gives index 0 k times. The radius
+    is rounded to the dtype of the points before it is squared. A NaN coordinate is in no ball.
 
     Args:
         centers: (B,M,3) floating point. float16 and bfloat16 are read as float32.

@@ -104,6 +104,4 @@ def _backward_backward(ctx, grad_feats: Tensor):
 
 
 torch.library.register_autograd("reid3d::group_max", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "reid3d::group_max_backward", _backward_backward, setup_context=_setup_context_backward
-)
+torch.library.register_autograd("reid3d::group_max_backward", _backward_backward, setup_context=_setup_context_backward)

@@ -12,7 +12,7 @@ BLOCK = 1 << 22
 
 
 class KNN(NamedTuple):
-    """Neighbours of every query: `dist2` (B,M,k) squared distances, ascending; `idx` (B,M,k) int64 indices of points."""
+    """Neighbours of every query: `dist2` (B,M,k) squared distances, ascending; `idx` (B,M,k) int64 into points."""
 
     dist2: Tensor
     idx: Tensor
@@ -37,7 +37,7 @@ def knn(query: Tensor, points: Tensor, k: int) -> KNN:
     Raises:
         TypeError: an argument of the wrong kind. ValueError: a shape or k out of range.
 
-    Source: the k-NN graph of EdgeConv, Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", TOG 2019, sec. 3.1.
+    Source: the k-NN graph of EdgeConv, Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", TOG 2019.
     """
     query = check_points("query", query)
     points = check_points("points", points)
@@ -73,7 +73,7 @@ def _smallest(dist2: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def knn_reference(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`knn` in plain torch, for float32 and float64: the oracle of the tests, and the kernel where none was compiled."""
+    """`knn` in plain torch, for float32 and float64: oracle of the tests, and the kernel where none was compiled."""
     rows = max(1, BLOCK // max(1, points.shape[0] * points.shape[1]))
     blocks = [_smallest(squared_distances(q, points), k) for q in query.split(rows, dim=1)]
     return torch.cat([dist2 for dist2, _ in blocks], dim=1), torch.cat([idx for _, idx in blocks], dim=1)

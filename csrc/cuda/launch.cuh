@@ -1,0 +1,63 @@
+// What the CUDA kernels share: the stream, the checks, and warps.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <limits>
+
+#include "../rounding.h"
+
+// Weak, so that the library loads beside a torch without CUDA too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace reid3d {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32;
+
+inline cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch(const char* op) {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "reid3d::", op, ": ", cudaGetErrorString(error));
+}
+
+// Blocks for `count` work items, `per_block` in a block. Kernels are not launched on nothing.
+inline unsigned blocks_for(int64_t count, int64_t per_block) {
+  const int64_t blocks = (count + per_block - 1) / per_block;
+  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "reid3d: too many queries in one call");
+  return static_cast<unsigned>(blocks);
+}
+
+// Calls f<float>() or f<double>(): the wrappers in Python widen the half types.
+template <typename F>
+void dispatch_float_double(const Tensor& x, F&& f) {
+  if (x.scalar_type() == ScalarType::Float) {
+    f(float());
+  } else {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "reid3d: coordinates must be float32 or float64");
+    f(double());
+  }
+}
+
+template <typename T>
+__host__ __device__ constexpr T infinity() {
+  return static_cast<T>(std::numeric_limits<float>::infinity());
+}
+
+}  // namespace reid3d
