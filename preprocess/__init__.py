@@ -1,0 +1,1 @@
+"""From crops to clouds: the body, its fit, the RGB-to-vertex mapping, batch conversion, synthetic people."""

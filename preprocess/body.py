@@ -1,0 +1,170 @@
+"""The body: an SMPL-format parametric human and its linear blend skinning layer.
+
+The embedded body (assets/bake.py tells how it was made) has SMPL's 24 joints, kinematic tree, T-pose, axes (y up,
+facing +z, left = +x) and ten unit-variance betas; it has no pose correctives. Pose vectors made for SMPL drive it,
+betas do not carry over.
+"""
+
+from functools import cache
+from importlib.resources import as_file, files
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_JOINTS = 24
+NUM_BETAS = 10
+JOINT_NAMES = (
+    "pelvis", "left_hip", "right_hip", "spine1", "left_knee", "right_knee", "spine2", "left_ankle", "right_ankle",
+    "spine3", "left_foot", "right_foot", "neck", "left_collar", "right_collar", "head", "left_shoulder",
+    "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hand", "right_hand",
+)  # fmt: skip
+
+
+class Posed(NamedTuple):
+    """Bodies in a pose: verts (B,V,3) and joints (B,24,3), metres, in the frame of the root rotation."""
+
+    verts: Tensor
+    joints: Tensor
+
+
+class Body(nn.Module):
+    """Linear blend skinning of an SMPL-format body.
+
+    Buffers: v_template (V,3) metres; shapedirs (V,3,10) metres per unit beta; faces (F,3) int64, counter-clockwise seen
+    from outside; weights (V,24), rows summing to 1; regressor (24,V), rows summing to 1. `parents` is SMPL's tree.
+
+    Source: Loper et al., "SMPL: A Skinned Multi-Person Linear Model", 2015, equations 1-4 with no pose blend shapes.
+    """
+
+    v_template: Tensor
+    shapedirs: Tensor
+    faces: Tensor
+    weights: Tensor
+    regressor: Tensor
+
+    def __init__(
+        self,
+        v_template: Tensor,
+        shapedirs: Tensor,
+        faces: Tensor,
+        weights: Tensor,
+        regressor: Tensor,
+        parents: list[int],
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("v_template", v_template.float()),
+            ("shapedirs", shapedirs.float()),
+            ("faces", faces.long()),
+            ("weights", weights.float()),
+            ("regressor", regressor.float()),
+        ):
+            self.register_buffer(name, value, persistent=False)
+        self.parents = parents
+        # Joints are linear in the betas, so they never need the vertices.
+        self.register_buffer("j_template", self.regressor @ self.v_template, persistent=False)
+        self.register_buffer(
+            "j_shapedirs", torch.einsum("jv,vck->jck", self.regressor, self.shapedirs), persistent=False
+        )
+
+    j_template: Tensor
+    j_shapedirs: Tensor
+
+    def joints(self, rotmats: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
+        """World rotations (B,24,3,3) and positions (B,24,3) of the joints: forward kinematics alone, no vertices."""
+        rest = self.j_template + torch.einsum("jck,bk->bjc", self.j_shapedirs, betas)
+        rotation, position = [rotmats[:, 0]], [rest[:, 0]]
+        for j in range(1, NUM_JOINTS):
+            p = self.parents[j]
+            offset = rest[:, j] - rest[:, p]
+            position.append(position[p] + torch.einsum("bik,bk->bi", rotation[p], offset))
+            rotation.append(rotation[p] @ rotmats[:, j])
+        return torch.stack(rotation, 1), torch.stack(position, 1)
+
+    def forward(self, rotmats: Tensor, betas: Tensor, offsets: Tensor | None = None) -> Posed:
+        """Pose the body.
+
+        Args:
+            rotmats: (B,24,3,3) rotation of each joint relative to its parent; joint 0 turns the whole body.
+            betas: (B,10) shape coefficients.
+            offsets: (B,V,3) metres added to the rest mesh before skinning (clothes), or None.
+
+        Raises:
+            ValueError: a shape differs from the above.
+        """
+        if rotmats.shape[1:] != (NUM_JOINTS, 3, 3):
+            raise ValueError(f"rotmats must be (B, 24, 3, 3), got {tuple(rotmats.shape)}")
+        if betas.shape != (len(rotmats), NUM_BETAS):
+            raise ValueError(f"betas must be ({len(rotmats)}, 10) like rotmats, got {tuple(betas.shape)}")
+        rest = self.j_template + torch.einsum("jck,bk->bjc", self.j_shapedirs, betas)
+        rotation, joints = self.joints(rotmats, betas)
+        translation = joints - torch.einsum("bjik,bjk->bji", rotation, rest)
+        transforms = torch.cat([rotation, translation[..., None]], -1).flatten(2)  # (B,24,12)
+        blended = (self.weights @ transforms).unflatten(2, (3, 4))  # (B,V,3,4)
+        verts = self.v_template + (betas @ self.shapedirs.flatten(0, 1).T).unflatten(1, (-1, 3))
+        if offsets is not None:
+            verts = verts + offsets
+        posed = (blended[..., :3] * verts[:, :, None, :]).sum(-1) + blended[..., 3]
+        return Posed(posed, joints)
+
+
+@cache
+def load_body(lod: str = "full") -> Body:
+    """The embedded body at one of two levels of detail: "full" (about 6.9k vertices) or "low" (about 1.8k).
+
+    Raises:
+        ValueError: `lod` is neither.
+    """
+    if lod not in ("full", "low"):
+        raise ValueError(f'lod must be "full" or "low", got {lod!r}')
+    with as_file(files("reid3d.preprocess") / "assets" / f"body_{lod}.npz") as path, np.load(path) as data:
+        asset = {
+            k: torch.from_numpy(v.astype(np.int64 if v.dtype.kind in "iu" else np.float32)) for k, v in data.items()
+        }
+    count = len(asset["v_template"])
+    weights = torch.zeros(count, NUM_JOINTS)
+    weights.scatter_add_(1, asset["weights_joint"], asset["weights_value"])
+    regressor = torch.zeros(NUM_JOINTS, count)
+    regressor[asset["regressor_joint"], asset["regressor_vertex"]] = asset["regressor_value"]
+    return Body(
+        asset["v_template"],
+        asset["shapedirs"],
+        asset["f"],
+        weights / weights.sum(1, keepdim=True),  # stored as float16
+        regressor,
+        asset["parents"].tolist(),
+    )
+
+
+def vertex_normals(verts: Tensor, faces: Tensor) -> Tensor:
+    """Area-weighted unit normals (B,V,3) of meshes verts (B,V,3) that share faces (F,3); zero without a face."""
+    corners = verts[:, faces.flatten()].unflatten(1, faces.shape)
+    normal = torch.linalg.cross(corners[:, :, 1] - corners[:, :, 0], corners[:, :, 2] - corners[:, :, 0])
+    out = torch.zeros_like(verts)
+    for k in range(3):
+        out.index_add_(1, faces[:, k], normal)
+    return F.normalize(out, dim=-1)
+
+
+def axis_angle_to_matrix(axis_angle: Tensor) -> Tensor:
+    """Rotation matrices (...,3,3) of axis-angle vectors (...,3) in radians (Rodrigues' formula)."""
+    angle = axis_angle.norm(dim=-1, keepdim=True)
+    x, y, z = (axis_angle / angle.clamp(min=1e-12)).unbind(-1)
+    zero = torch.zeros_like(x)
+    skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+    sin, cos = angle.sin()[..., None], angle.cos()[..., None]
+    return torch.eye(3, dtype=skew.dtype, device=skew.device) + sin * skew + (1 - cos) * (skew @ skew)
+
+
+def rotation_6d_to_matrix(six: Tensor) -> Tensor:
+    """Rotation matrices (...,3,3) whose first two columns are the Gram-Schmidt of six (...,3,2).
+
+    Source: Zhou et al., "On the Continuity of Rotation Representations in Neural Networks", 2019, equation 15.
+    """
+    a, b = six.unbind(-1)
+    a = F.normalize(a, dim=-1)
+    b = F.normalize(b - (a * b).sum(-1, keepdim=True) * a, dim=-1)
+    return torch.stack([a, b, torch.linalg.cross(a, b)], -1)
