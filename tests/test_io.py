@@ -1,0 +1,433 @@
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from safetensors.numpy import load_file, save_file
+
+from reid3d.cloud import PointCloud
+from reid3d.io import Record, Shard, atomic_write, read_obj, read_ply, write_obj, write_ply, write_shard
+
+
+def cloud(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return PointCloud(
+        rng.uniform(-1, 1, (n, 3)).astype(np.float32),
+        rng.integers(0, 256, (n, 3), np.uint8),
+        rng.integers(-1, 6890, n).astype(np.int32),
+    )
+
+
+def record(n, **changes):
+    values = {"name": f"query/{n}.jpg", "split": "query", "pid": 7, "camid": 2, "time": 451, "size": (1, n)}
+    return Record(**{**values, "cam": (0.9, 0.1, -0.2), "quality": {"visible": 0.25}, **changes})
+
+
+def same(a, b):
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("xyz", "rgb", "vertex"))
+
+
+@pytest.fixture
+def shard(tmp_path):
+    path = tmp_path / "query-00000.safetensors"
+    sizes = (5, 1, 8)
+    write_shard(path, [cloud(n, n) for n in sizes], [record(n) for n in sizes], config={"size": [1, 5]})
+    return path
+
+
+# Shard v1
+
+
+def test_the_data_file_is_what_the_safetensors_library_reads(shard):
+    tensors = load_file(shard)
+    assert {name: (str(t.dtype), t.shape) for name, t in tensors.items()} == {
+        "xyz": ("float16", (14, 3)),
+        "rgb": ("uint8", (14, 3)),
+        "vertex": ("int32", (14,)),
+        "offsets": ("int64", (4,)),
+    }
+    assert tensors["offsets"].tolist() == [0, 5, 6, 14]
+    clouds = [cloud(n, n) for n in (5, 1, 8)]
+    assert np.array_equal(tensors["xyz"], np.concatenate([c.xyz for c in clouds]).astype(np.float16))
+    assert np.array_equal(tensors["rgb"], np.concatenate([c.rgb for c in clouds]))
+    assert np.array_equal(tensors["vertex"], np.concatenate([c.vertex for c in clouds]))
+
+
+def test_the_manifest_is_json_lines(shard):
+    lines = shard.with_suffix(".jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {
+        "name": "query/5.jpg",
+        "split": "query",
+        "pid": 7,
+        "camid": 2,
+        "time": 451,
+        "size": [1, 5],
+        "cam": [0.9, 0.1, -0.2],
+        "quality": {"visible": 0.25},
+    }
+    assert len(lines) == 3
+
+
+def test_metadata_names_format_config_versions_and_licence(shard):
+    metadata = Shard(shard).metadata
+    assert metadata["format"] == "reid3d-shard-1"
+    assert json.loads(metadata["config"]) == {"size": [1, 5]}
+    assert json.loads(metadata["versions"])["numpy"] == np.__version__
+    assert "licence" in metadata["license"]
+
+
+def test_a_shard_made_by_hand_is_read(tmp_path):
+    tensors = {
+        "xyz": np.array([[1, 2, 3], [4, 5, 6]], np.float32),
+        "rgb": np.array([[1, 2, 3], [255, 0, 9]], np.uint8),
+        "vertex": np.array([-1, 12], np.int32),
+        "offsets": np.array([0, 2]),
+    }
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "reid3d-shard-1"})
+    line = '{"name":"x.png","split":"all","pid":-1,"camid":-1,"time":-1,"size":[2,1],"cam":[1,0,0],"quality":{}}\n'
+    (tmp_path / "a.jsonl").write_text(line)
+    shard = Shard(tmp_path / "a.safetensors")
+    assert shard.records == [Record("x.png", "all", -1, -1, -1, (2, 1), (1.0, 0.0, 0.0), {})]
+    assert same(shard[0], PointCloud(tensors["xyz"], tensors["rgb"], tensors["vertex"]))
+
+
+def test_float32_is_exact_and_float16_within_the_documented_bound(tmp_path):
+    rng = np.random.default_rng(3)
+    xyz = (rng.uniform(-1, 1, (3000, 3)) * 10.0 ** rng.uniform(-9, 1, (3000, 1))).astype(np.float32)
+    c = PointCloud(xyz, np.zeros((3000, 3), np.uint8), np.zeros(3000, np.int32))
+    for dtype in ("float16", "float32"):
+        write_shard(tmp_path / f"{dtype}.safetensors", [c], [record(3000)], config={}, dtype=dtype)
+    assert same(Shard(tmp_path / "float32.safetensors")[0], c)
+    error = np.abs(Shard(tmp_path / "float16.safetensors")[0].xyz.astype(np.float64) - xyz)
+    assert (error <= np.maximum(np.abs(xyz) * 2.0**-11, 2.0**-25)).all()
+    assert error[np.abs(xyz) < 2].max() < 0.0005
+
+
+halves = hnp.arrays(np.float16, st.tuples(st.integers(1, 20), st.just(3)), elements=st.floats(-4, 4, width=16))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(halves, st.text(max_size=8)), max_size=4), st.sampled_from(["float16", "float32"]))
+def test_round_trip(tmp_path_factory, parts, dtype):
+    path = tmp_path_factory.mktemp("shard") / "s.safetensors"
+    clouds = [PointCloud(xyz.astype(np.float32), cloud(len(xyz)).rgb, cloud(len(xyz)).vertex) for xyz, _ in parts]
+    records = [record(len(xyz), name=name) for xyz, name in parts]
+    write_shard(path, clouds, records, config={}, dtype=dtype)
+    shard = Shard(path)
+    assert shard.records == records
+    assert len(shard) == len(parts)
+    assert all(same(shard[i], clouds[i]) and same(shard[i - len(parts)], clouds[i]) for i in range(len(parts)))
+    for i in (len(parts), -len(parts) - 1):
+        with pytest.raises(IndexError, match="i must be in"):
+            shard[i]
+
+
+def test_the_same_clouds_give_the_same_bytes_in_another_process(tmp_path):
+    code = (
+        "import sys, numpy as np; from reid3d.cloud import PointCloud; from reid3d.io import Record, write_shard\n"
+        "c = PointCloud(np.ones((4, 3), np.float32), np.ones((4, 3), np.uint8), np.ones(4, np.int32))\n"
+        "r = Record('a.jpg', 'all', 1, 1, 1, (2, 2), (1.0, 0.0, 0.0), {'visible': 0.5, 'inside': 1.0})\n"
+        "write_shard(sys.argv[1], [c], [r], config={'b': 1, 'a': 2})\n"
+    )
+    for name in ("one", "two", "three"):
+        environment = {**os.environ, "PYTHONHASHSEED": str(len(name))}
+        subprocess.run([sys.executable, "-c", code, tmp_path / f"{name}.safetensors"], check=True, env=environment)
+    for suffix in (".safetensors", ".jsonl"):
+        assert len({path.read_bytes() for path in tmp_path.glob(f"*{suffix}")}) == 1
+
+
+def test_a_shard_is_pickled_without_its_file(shard):
+    opened = Shard(shard)
+    assert same(pickle.loads(pickle.dumps(opened))[2], opened[2])
+
+
+def test_a_cloud_may_be_changed_without_touching_the_file(shard):
+    before = shard.read_bytes()
+    opened = Shard(shard)
+    opened[0].rgb[:] = 3
+    opened[0].vertex[:] = 3
+    assert same(opened[0], Shard(shard)[0])
+    assert shard.read_bytes() == before
+
+
+def test_names_that_are_not_unicode_come_back(tmp_path):
+    name = os.fsdecode(b"caf\xe9.jpg")
+    write_shard(tmp_path / "a.safetensors", [cloud(3)], [record(3, name=name)], config={})
+    assert Shard(tmp_path / "a.safetensors").records[0].name == name
+
+
+def test_without_a_manifest_there_is_no_shard(shard):
+    shard.with_suffix(".jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=str(shard.with_suffix(".jsonl"))):
+        Shard(shard)
+
+
+def test_writing_over_a_shard_takes_its_manifest_away_first(shard, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = shard.read_bytes()
+    monkeypatch.setattr("reid3d.io._write_safetensors", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{shard}'"):
+        write_shard(shard, [cloud(2)], [record(2)], config={})
+    assert [path.name for path in shard.parent.iterdir()] == [shard.name]
+    assert shard.read_bytes() == before
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, -1])
+def test_a_truncated_data_file_is_refused_by_name(shard, keep):
+    data = shard.read_bytes()
+    shard.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match=f"{shard}: not a whole safetensors file"):
+        Shard(shard)
+
+
+def test_a_truncated_manifest_is_refused_by_name(shard):
+    manifest = shard.with_suffix(".jsonl")
+    text = manifest.read_text()
+    manifest.write_text(text[:-1])
+    with pytest.raises(ValueError, match=f"{manifest}: the last line is cut off"):
+        Shard(shard)
+    manifest.write_text("".join(text.splitlines(keepends=True)[:2]))  # whole lines, too few
+    with pytest.raises(ValueError, match=f"{shard}: offsets must be"):
+        Shard(shard)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"hello\n", "not a manifest record"),
+        (b"[1]\n", "not a manifest record"),
+        (b"\xff\xfe\n", "not a manifest"),
+        (b"{}\n", "not a manifest record"),
+        (json.dumps({**vars(record(5)), "pid": "7"}).encode() + b"\n", "pid must be int, got '7'"),
+        (json.dumps({**vars(record(5)), "size": [5]}).encode() + b"\n", "2 numbers expected"),
+        (json.dumps({**vars(record(5)), "colour": 1}).encode() + b"\n", "colour"),
+    ],
+)
+def test_a_foreign_manifest_is_refused_by_name(shard, line, words):
+    manifest = shard.with_suffix(".jsonl")
+    manifest.write_bytes(line)
+    with pytest.raises(ValueError, match=f"{manifest}.*{words}"):
+        Shard(shard)
+
+
+def test_a_manifest_of_other_sizes_is_refused(shard):
+    manifest = shard.with_suffix(".jsonl")
+    manifest.write_text(manifest.read_text().replace("[1, 8]", "[1, 9]"))
+    with pytest.raises(ValueError, match=f"{shard}: offsets must agree with the crop sizes"):
+        Shard(shard)
+
+
+@pytest.mark.parametrize(
+    ("change", "metadata", "words"),
+    [
+        ({}, {"format": "other"}, "format must be reid3d-shard-1, got 'other'"),
+        ({}, None, "format must be reid3d-shard-1, got None"),
+        ({"extra": np.zeros(1)}, {"format": "reid3d-shard-1"}, "tensors must be"),
+        ({"xyz": np.zeros((14, 3))}, {"format": "reid3d-shard-1"}, "xyz must be F16 or F32"),
+        ({"rgb": np.zeros((13, 3), np.uint8)}, {"format": "reid3d-shard-1"}, r"rgb must be U8 \[14, 3\]"),
+        ({"offsets": np.array([1, 5, 6, 14])}, {"format": "reid3d-shard-1"}, "offsets must agree"),
+        ({"offsets": np.array([], np.int64)}, {"format": "reid3d-shard-1"}, "must be"),
+    ],
+)
+def test_foreign_safetensors_are_refused_by_name(shard, change, metadata, words):
+    save_file({**load_file(shard), **change}, shard, metadata=metadata)
+    with pytest.raises(ValueError, match=f"{shard}: .*{words}"):
+        Shard(shard)
+
+
+def test_a_corrupt_cloud_is_refused_by_name(shard):
+    tensors = load_file(shard)
+    tensors["xyz"][5, 0] = np.nan
+    save_file(tensors, shard, metadata={"format": "reid3d-shard-1"})
+    opened = Shard(shard)
+    assert len(opened[0]) == 5
+    with pytest.raises(ValueError, match=f"{shard}: cloud 1 is corrupt: xyz must be finite"):
+        opened[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"records": []}, r"records must be as many as clouds \(1\), got 0"),
+        ({"records": [record(6)]}, "query/6.jpg must have 1 x 6 points, got 5"),
+        ({"dtype": "float64"}, "dtype must be float16 or float32, got 'float64'"),
+        ({"path": "a.npz"}, "path must end in .safetensors, got a.npz"),
+    ],
+)
+def test_bad_arguments_of_write_shard(tmp_path, arguments, words):
+    values = {"path": tmp_path / "a.safetensors", "clouds": [cloud(5)], "records": [record(5)], "config": {}}
+    with pytest.raises(ValueError, match=words):
+        write_shard(**{**values, **arguments})
+    assert not list(tmp_path.iterdir())
+
+
+def test_float16_refuses_what_it_cannot_hold(tmp_path):
+    far = PointCloud(np.full((1, 3), 7e4, np.float32), np.zeros((1, 3), np.uint8), np.zeros(1, np.int32))
+    with pytest.raises(ValueError, match="beyond float16's 65504 m"):
+        write_shard(tmp_path / "a.safetensors", [far], [record(1)], config={})
+    write_shard(tmp_path / "a.safetensors", [far], [record(1)], config={}, dtype="float32")
+    assert same(Shard(tmp_path / "a.safetensors")[0], far)
+
+
+# Files that appear whole or not at all
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
+        file.write(b"new")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_an_error_naming_the_file(tmp_path):
+    code = (
+        "import resource, sys; from reid3d.io import atomic_write\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "with atomic_write(sys.argv[1]) as file: file.write(bytes(5000))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True)
+    assert run.stderr.strip().splitlines()[-1].endswith(f"File too large: '{tmp_path / 'a'}'")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_a_file_is_an_error_naming_the_file(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(NotADirectoryError, match=f"'{tmp_path / 'a' / 'b'}'"), atomic_write(tmp_path / "a" / "b"):
+        pass
+
+
+# PLY
+
+HEADER = (
+    "ply\nformat {order} 1.0\ncomment by hand\nelement vertex 2\nproperty uchar red\nproperty uchar green\n"
+    "property uchar blue\nproperty float x\nproperty double y\nproperty float z\n{more}end_header\n"
+)
+
+
+@pytest.mark.parametrize(("order", "sign"), [("binary_little_endian", "<"), ("binary_big_endian", ">")])
+def test_ply_by_hand(tmp_path, order, sign):
+    body = struct.pack(f"{sign}3Bfdf3Bfdf", 1, 2, 3, 0.5, -0.25, 2, 255, 0, 9, -1, 0, 1)
+    (tmp_path / "a.ply").write_bytes(HEADER.format(order=order, more="").encode() + body)
+    read = read_ply(tmp_path / "a.ply")
+    assert read.xyz.tolist() == [[0.5, -0.25, 2], [-1, 0, 1]]
+    assert read.rgb.tolist() == [[1, 2, 3], [255, 0, 9]]
+    assert read.vertex.tolist() == [-1, -1]
+
+
+def test_ply_faces_after_the_points_are_left_out(tmp_path):
+    more = "property int vertex\nelement face 1\nproperty list uchar int vertex_indices\n"
+    body = struct.pack("<3Bfdfi3Bfdfi4B", *(1, 2, 3, 1, 1, 1, 8), *(4, 5, 6, 2, 2, 2, -1), 3, 0, 1, 1)
+    (tmp_path / "a.ply").write_bytes(HEADER.format(order="binary_little_endian", more=more).encode() + body)
+    assert read_ply(tmp_path / "a.ply").vertex.tolist() == [8, -1]
+
+
+def test_ply_bytes(tmp_path):
+    one = PointCloud(np.array([[1, 2, 3]], np.float32), np.array([[4, 5, 6]], np.uint8), np.array([7], np.int32))
+    write_ply(tmp_path / "a.ply", one)
+    header = (
+        b"ply\nformat binary_little_endian 1.0\nelement vertex 1\nproperty float x\nproperty float y\n"
+        b"property float z\nproperty uchar red\nproperty uchar green\nproperty uchar blue\nproperty int vertex\n"
+        b"end_header\n"
+    )
+    assert (tmp_path / "a.ply").read_bytes() == header + struct.pack("<3f3Bi", 1, 2, 3, 4, 5, 6, 7)
+
+
+@pytest.mark.parametrize("n", [0, 1, 300])
+def test_ply_round_trip_is_exact(tmp_path, n):
+    write_ply(tmp_path / "a.ply", cloud(n))
+    assert same(read_ply(tmp_path / "a.ply"), cloud(n))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "not a PLY file"),
+        (b"\x89PNG\r\n", "not a PLY file"),
+        (HEADER.format(order="ascii", more="").encode(), "format must be binary, got ascii"),
+        (
+            HEADER.format(order="binary_little_endian", more="").encode() + bytes(37),
+            "truncated: 2 points need 38 bytes",
+        ),
+        (HEADER.format(order="binary_little_endian", more="property list uchar int x\n").encode(), "unknown vertex"),
+        (b"ply\nformat binary_little_endian 1.0\nelement face 2\nend_header\n", "first element must be vertex"),
+        (b"ply\nformat binary_little_endian 1.0\nelement vertex 0\nend_header\n", "properties missing: .*'blue'"),
+        (
+            HEADER.format(order="binary_little_endian", more="").replace("uchar", "float").encode() + bytes(56),
+            "red, green and blue must be uchar",
+        ),
+        (
+            HEADER.format(order="binary_little_endian", more="").encode() + bytes(3) + b"\xff" * 35,
+            "xyz must be finite",
+        ),
+    ],
+)
+def test_bad_ply_is_refused_by_name(tmp_path, data, words):
+    path = tmp_path / "a.ply"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{path}: .*{words}"):
+        read_ply(path)
+
+
+# The published text clouds
+
+
+def test_obj_by_hand(tmp_path):
+    text = "v 0.100000 -0.500000 1.250000 0.000000 0.501961 1.000000\nv -1.000000 0.000000 0.000000 1 1 1\nf 1 2 3\n"
+    (tmp_path / "a.obj").write_text(text)
+    read = read_obj(tmp_path / "a.obj")
+    assert read.xyz.tolist() == np.float32([[0.1, -0.5, 1.25], [-1, 0, 0]]).tolist()
+    assert read.rgb.tolist() == [[0, 128, 255], [255, 255, 255]]
+    assert read.vertex.tolist() == [-1, -1]
+
+
+def test_obj_text_has_the_body_in_vertex_order_then_the_background(tmp_path):
+    xyz = np.arange(12, dtype=np.float32).reshape(4, 3)
+    write_obj(tmp_path / "a.obj", PointCloud(xyz, np.full((4, 3), 255, np.uint8), np.array([-1, 9, 2, -1], np.int32)))
+    assert (tmp_path / "a.obj").read_text() == (
+        "v 6.000000 7.000000 8.000000 1.000000 1.000000 1.000000\n"
+        "v 3.000000 4.000000 5.000000 1.000000 1.000000 1.000000\n"
+        "v 0.000000 1.000000 2.000000 1.000000 1.000000 1.000000\n"
+        "v 9.000000 10.000000 11.000000 1.000000 1.000000 1.000000\n"
+        "f 1 2 3\n"
+    )
+
+
+def test_obj_round_trip_keeps_every_colour_and_six_decimals(tmp_path):
+    colours = np.arange(256, dtype=np.uint8)
+    c = PointCloud(cloud(256).xyz, np.stack([colours] * 3, 1), np.full(256, -1, np.int32))
+    write_obj(tmp_path / "a.obj", c)
+    read = read_obj(tmp_path / "a.obj")
+    assert np.array_equal(read.rgb, c.rgb)
+    assert np.abs(read.xyz - c.xyz).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", 'no "v x y z r g b" lines'),
+        ("\x00\xff", 'no "v x y z r g b" lines'),
+        ("v 1 2 3\n", "must hold x y z and three colours"),
+        ("v 1 2 3 0 0 2\n", "three colours in 0..1"),
+        ("v 1 2 3 0 0 nan\n", "three colours in 0..1"),
+        ("v 1 2 3 0 0 0\nv 1 2 3 0 0\n", "columns"),
+        ("v 1 2 3 0 0 x\n", "could not convert"),
+        ("v 1 2 inf 0 0 0\n", "xyz must be finite"),
+    ],
+)
+def test_bad_obj_is_refused_by_name(tmp_path, text, words):
+    path = tmp_path / "a.obj"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path}: .*{words}"):
+        read_obj(path)
