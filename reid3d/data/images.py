@@ -1,0 +1,149 @@
+"""Pedestrian crops: the folders they lie in, by the Market-1501 convention or plain, and their pixels."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+SPLITS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow's other readers are kept from files that only claim to be these
+MIN_SIDE = 8  # pixels
+MAX_PIXELS = 50_000_000  # 20,000 x 20,000 would take 1.2 GB
+FRAMES_PER_SESSION = 1_000_000  # Market-1501 numbers frames with six digits
+_NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>[1-9]\d*)(?:s(?P<session>[1-9]\d*)_(?P<frame>\d+)|_f(?P<f>\d+))?[_.]")
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One crop: its file, its name relative to the listed folder, and what folder and file name say of it."""
+
+    path: Path
+    name: str
+    split: str
+    pid: int
+    camid: int
+    time: int
+
+
+def list_images(root: str | Path) -> tuple[list[ImageRecord], list[tuple[str, str]]]:
+    """The crops under `root`, sorted by split and name, and (name, reason) of every file that is not one.
+
+    A folder with any of bounding_box_train ("train"), query ("query") and bounding_box_test ("gallery") is taken as
+    Market-1501 layout; what lies beside those is not looked at. There pid and camid come from names such as
+    0002_c1s1_000451_03.jpg (Market-1501), 0001_c2_f0046182.jpg (DukeMTMC-reID) or 0001_c1_1.png (CUHK03-NP): pid -1 is
+    junk and kept in the list, 0 a distractor. time is the frame number; in Market names session s adds
+    (s - 1) * 1,000,000, so that times of one camera are in order, and both numbers can be had back. It is -1 where the
+    name has no frame.
+
+    Any other folder, with the folders in it, and a single file make one split "all" with pid, camid and time -1.
+
+    Files are known by extension (jpg, jpeg, png, bmp, webp, in either case) and not opened. Hidden files and Thumbs.db
+    are passed over.
+
+    Raises: FileNotFoundError when `root` is not there; ValueError when it holds a Market-1501 folder one level down;
+        OSError when a folder cannot be read.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise FileNotFoundError(f"root: no such folder or image: {root}")
+    if root.is_file():
+        return _sort(root.parent, [(root, "all")])
+    splits = [(split, root / folder) for split, folder in SPLITS.items() if (root / folder).is_dir()]
+    if not splits:
+        inner = sorted(child for child in root.iterdir() if (child / SPLITS["train"]).is_dir())
+        if inner:
+            raise ValueError(f"root must be the folder that holds {', '.join(SPLITS.values())}: {inner[0]}, not {root}")
+    return _sort(root, [(path, split) for split, folder in splits or [("all", root)] for path in _walk(folder)])
+
+
+def _walk(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk passes over what it cannot read
+
+    paths = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(parent, name) for name in files + links]
+    return sorted(paths, key=Path.as_posix)
+
+
+def _sort(root: Path, files: list[tuple[Path, str]]) -> tuple[list[ImageRecord], list[tuple[str, str]]]:
+    images, rejected = [], []
+    for path, split in files:
+        name = path.relative_to(root).as_posix()
+        fit = _NAME.match(path.name)
+        if path.name.startswith(".") or path.name.lower() == "thumbs.db":
+            continue
+        if path.is_dir():
+            rejected.append((name, "a link to a folder: not followed"))
+        elif path.suffix.lower() not in EXTENSIONS:
+            rejected.append((name, f"not an image name: the extension must be one of {' '.join(EXTENSIONS)}"))
+        elif split == "all":
+            images.append(ImageRecord(path, name, split, pid=-1, camid=-1, time=-1))
+        elif not fit:
+            rejected.append((name, "the name does not fit PID_cCAMERA..., such as 0002_c1s1_000451_03.jpg"))
+        else:
+            time = int(fit["frame"] or fit["f"] or -1) + FRAMES_PER_SESSION * (int(fit["session"] or 1) - 1)
+            images.append(ImageRecord(path, name, split, int(fit["pid"]), int(fit["camid"]), time))
+    return images, rejected
+
+
+def read_image(image: str | Path | Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Pixels (H, W, 3) uint8 RGB of an image resized to `size` = (H, W), whatever its aspect.
+
+    EXIF orientation is honoured, transparency lies over white, 16-bit greys are scaled and large JPEGs decoded
+    reduced.
+
+    Raises: OSError when the file cannot be read; ValueError when it is empty, truncated, not one of JPEG, PNG, BMP and
+        WebP, under 8 pixels wide or high, or over 50 megapixels (which is seen before decoding).
+    """
+    if isinstance(image, Image.Image):
+        _check_dimensions(image)
+        return _resized(ImageOps.exif_transpose(image), size)
+    with open(image, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise ValueError("empty file")
+        try:
+            picture: Image.Image = Image.open(file, formats=FORMATS)
+        except Image.UnidentifiedImageError:
+            raise ValueError("not a JPEG, PNG, BMP or WebP image") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise ValueError(f"more than {MAX_PIXELS // 1_000_000} megapixels") from None
+        except Exception as error:  # Pillow's readers raise almost anything on broken bytes, here and below
+            raise ValueError(f"broken image: {_line(error)}") from error
+        _check_dimensions(picture)
+        try:
+            picture.draft(None, (2 * max(size), 2 * max(size)))
+            picture = ImageOps.exif_transpose(picture)
+        except Exception as error:
+            raise ValueError(f"broken image: {_line(error)}") from error
+        return _resized(picture, size)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_dimensions(image: Image.Image) -> None:
+    if min(image.size) < MIN_SIDE:
+        raise ValueError(f"{image.width} x {image.height} pixels: a side must have at least {MIN_SIDE}")
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels: more than {MAX_PIXELS // 1_000_000} megapixels")
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray((grey * 255 / 65535).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    height, width = size
+    return np.array(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR))

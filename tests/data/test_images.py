@@ -1,0 +1,309 @@
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reid3d.data import list_images, read_image
+
+SIZE = (128, 64)
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+# Listing
+
+
+@pytest.fixture
+def market(tmp_path):
+    names = [
+        "bounding_box_train/0002_c1s1_000451_03.jpg",
+        "bounding_box_train/0002_c3s2_000002_00.JPG",
+        "bounding_box_train/Thumbs.db",
+        "query/0001_c2_f0046182.jpg",
+        "query/0003_c1_1.png",
+        "bounding_box_test/-1_c1s1_000401_03.jpg",
+        "bounding_box_test/0000_c6s4_002402_01.jpg.jpg",
+        "bounding_box_test/.hidden.jpg",
+        "gt_bbox/0002_c1s1_000451_00.jpg",
+        "readme.txt",
+    ]
+    touch(*(tmp_path / name for name in names))
+    return tmp_path
+
+
+def test_market_layout(market):
+    images, rejected = list_images(market)
+    assert rejected == []
+    assert [(i.name, i.split, i.pid, i.camid, i.time) for i in images] == [
+        ("bounding_box_train/0002_c1s1_000451_03.jpg", "train", 2, 1, 451),
+        ("bounding_box_train/0002_c3s2_000002_00.JPG", "train", 2, 3, 1_000_002),
+        ("query/0001_c2_f0046182.jpg", "query", 1, 2, 46182),
+        ("query/0003_c1_1.png", "query", 3, 1, -1),
+        ("bounding_box_test/-1_c1s1_000401_03.jpg", "gallery", -1, 1, 401),
+        ("bounding_box_test/0000_c6s4_002402_01.jpg.jpg", "gallery", 0, 6, 3_002_402),
+    ]
+    assert all(i.path == market / i.name for i in images)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "photo.jpg",
+        "2_1.jpg",
+        "0002_s1_000451_03.jpg",
+        "0002_c0s1_000451_03.jpg",
+        "0002_c1s1.jpg",
+        "-2_c1s1_000451_03.jpg",
+    ],
+)
+def test_names_that_do_not_fit_are_listed_with_the_reason(market, name):
+    touch(market / "query" / name)
+    images, rejected = list_images(market)
+    assert len(images) == 6
+    assert rejected == [
+        (f"query/{name}", "the name does not fit PID_cCAMERA..., such as 0002_c1s1_000451_03.jpg"),
+    ]
+
+
+def test_other_extensions_are_listed_with_the_reason(market):
+    touch(market / "query" / "notes.txt", market / "query" / "a.json", market / "query" / "0001_c1s1_000001_00.gif")
+    _, rejected = list_images(market)
+    assert [name for name, _ in rejected] == ["query/0001_c1s1_000001_00.gif", "query/a.json", "query/notes.txt"]
+    assert {reason for _, reason in rejected} == {
+        "not an image name: the extension must be one of .jpg .jpeg .png .bmp .webp"
+    }
+
+
+def test_a_plain_folder_with_folders_is_one_split(tmp_path):
+    touch(
+        *(
+            tmp_path / name
+            for name in ("b.PNG", "a/c.webp", "a/0002_c1s1_000451_03.jpg", "z.bmp", "y.JPEG", "a/d/e.jpg")
+        )
+    )
+    touch(tmp_path / ".git" / "x.jpg", tmp_path / "THUMBS.DB")
+    images, rejected = list_images(tmp_path)
+    assert [i.name for i in images] == [
+        "a/0002_c1s1_000451_03.jpg",
+        "a/c.webp",
+        "a/d/e.jpg",
+        "b.PNG",
+        "y.JPEG",
+        "z.bmp",
+    ]
+    assert {(i.split, i.pid, i.camid, i.time) for i in images} == {("all", -1, -1, -1)}
+    assert rejected == []
+
+
+def test_a_single_file_is_a_folder_of_one(tmp_path):
+    touch(tmp_path / "a.jpg", tmp_path / "b.jpg")
+    images, rejected = list_images(tmp_path / "a.jpg")
+    assert [(i.path, i.name, i.split) for i in images] == [(tmp_path / "a.jpg", "a.jpg", "all")]
+    assert rejected == []
+
+
+def test_links(tmp_path):
+    touch(tmp_path / "elsewhere" / "0001_c1s1_000001_00.jpg")
+    root = tmp_path / "market"
+    root.mkdir()
+    (root / "query").symlink_to(tmp_path / "elsewhere")
+    (root / "query" / "loop").symlink_to(root)
+    images, rejected = list_images(root)
+    assert [i.name for i in images] == ["query/0001_c1s1_000001_00.jpg"]
+    assert rejected == [("query/loop", "a link to a folder: not followed")]
+
+
+def test_an_empty_folder_has_no_images(tmp_path):
+    assert list_images(tmp_path) == ([], [])
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"root: no such folder or image: {tmp_path / 'no'}"):
+        list_images(tmp_path / "no")
+
+
+def test_the_folder_above_a_market_folder_is_refused(tmp_path):
+    touch(tmp_path / "Market" / "bounding_box_train" / "0002_c1s1_000451_03.jpg")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'Market'}, not {tmp_path}"):
+        list_images(tmp_path)
+
+
+# Pixels
+
+
+def quarters(width=64, height=128, mode="RGB"):
+    """Top left red, top right green, bottom left blue, bottom right white."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: height // 2, : width // 2] = 255, 0, 0
+    pixels[: height // 2, width // 2 :] = 0, 255, 0
+    pixels[height // 2 :, : width // 2] = 0, 0, 255
+    pixels[height // 2 :, width // 2 :] = 255, 255, 255
+    return Image.fromarray(pixels).convert(mode)
+
+
+def corners(pixels):
+    return [pixels[y, x].tolist() for y in (8, -8) for x in (8, -8)]
+
+
+COLOURS = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.webp", "a.jpg"])
+def test_an_image_of_the_right_size_is_taken_as_it_is(tmp_path, name):
+    quarters().save(tmp_path / name, lossless=True, quality=100)
+    pixels = read_image(tmp_path / name, SIZE)
+    assert pixels.shape == (128, 64, 3) and pixels.dtype == np.uint8
+    assert np.abs(np.array(corners(pixels)) - COLOURS).max() <= (2 if name == "a.jpg" else 0)
+    if name == "a.png":
+        assert np.array_equal(pixels, np.asarray(quarters()))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (20, 60), (300, 100), (640, 1280)])
+def test_any_shape_is_resized(tmp_path, shape):
+    quarters(*shape).save(tmp_path / "a.png")
+    pixels = read_image(tmp_path / "a.png", SIZE)
+    assert pixels.shape == (128, 64, 3)
+    assert corners(pixels) == COLOURS
+
+
+def test_reduction_averages_all_pixels():
+    chess = Image.fromarray((np.indices((512, 256)).sum(0) % 2 * 255).astype(np.uint8))
+    pixels = read_image(chess, SIZE)
+    assert np.abs(pixels.astype(int) - 127).max() <= 2
+
+
+def test_a_large_jpeg_is_decoded_reduced_to_the_same_picture(tmp_path):
+    quarters(3200, 6400).save(tmp_path / "a.jpg")
+    assert np.abs(np.array(corners(read_image(tmp_path / "a.jpg", SIZE))) - COLOURS).max() <= 2
+
+
+def test_a_phones_jpeg_of_two_pictures_gives_the_first(tmp_path):
+    quarters().save(tmp_path / "a.mpo", save_all=True, append_images=[Image.new("RGB", (64, 128))], quality=100)
+    (tmp_path / "a.mpo").rename(tmp_path / "a.jpg")
+    assert np.abs(np.array(corners(read_image(tmp_path / "a.jpg", SIZE))) - COLOURS).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "P", "RGBA", "YCbCr"])
+def test_colour_modes(tmp_path, mode):
+    name = "a.jpg" if mode in ("CMYK", "YCbCr") else "a.png"
+    quarters(mode=mode).save(tmp_path / name, quality=100)
+    assert np.abs(np.array(corners(read_image(tmp_path / name, SIZE))) - COLOURS).max() <= 2
+
+
+@pytest.mark.parametrize(("mode", "value", "grey"), [("L", 200, 200), ("1", 1, 255), ("1", 0, 0)])
+def test_grey_modes(tmp_path, mode, value, grey):
+    Image.new(mode, (64, 128), value).save(tmp_path / "a.png")
+    assert np.unique(read_image(tmp_path / "a.png", SIZE)).tolist() == [grey]
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    values = np.repeat(np.array([0, 257, 25700, 65535], np.uint16), 16)[None].repeat(128, 0)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", SIZE)[0, ::16, 0].tolist() == [0, 1, 100, 255]
+
+
+def test_sixteen_bit_colour(tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = b"\0" + struct.pack(">3H", 65535, 25700, 0) * 64
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", 64, 128, 16, 2, 0, 0, 0))
+    (tmp_path / "a.png").write_bytes(data + chunk(b"IDAT", zlib.compress(row * 128)) + chunk(b"IEND", b""))
+    assert np.unique(read_image(tmp_path / "a.png", SIZE).reshape(-1, 3), axis=0).tolist() == [[255, 100, 0]]
+
+
+@pytest.mark.parametrize(
+    ("picture", "colour"),
+    [
+        (Image.new("RGBA", (64, 128), (0, 100, 200, 0)), [255, 255, 255]),
+        (Image.new("RGBA", (64, 128), (0, 100, 200, 128)), [127, 177, 227]),
+        (Image.new("LA", (64, 128), (100, 0)), [255, 255, 255]),
+    ],
+)
+def test_transparency_lies_over_white(tmp_path, picture, colour):
+    picture.save(tmp_path / "a.png")
+    assert np.unique(read_image(tmp_path / "a.png", SIZE).reshape(-1, 3), axis=0).tolist() == [colour]
+
+
+def test_palette_transparency_lies_over_white(tmp_path):
+    picture = Image.new("P", (64, 128), 1)
+    picture.putpalette([9, 9, 9, 10, 20, 30])
+    picture.save(tmp_path / "solid.png")
+    picture.save(tmp_path / "clear.png", transparency=1)
+    assert read_image(tmp_path / "solid.png", SIZE)[0, 0].tolist() == [10, 20, 30]
+    assert read_image(tmp_path / "clear.png", SIZE)[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("given_as", ["file", "picture"])
+def test_exif_orientation_is_honoured(tmp_path, given_as):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn a quarter clockwise
+    quarters().transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=exif, quality=100)
+    image = tmp_path / "a.jpg" if given_as == "file" else Image.open(tmp_path / "a.jpg")
+    assert np.abs(np.array(corners(read_image(image, SIZE))) - COLOURS).max() <= 2
+
+
+def encoded(kind="JPEG"):
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (128, 64, 3), np.uint8)
+    Image.fromarray(noise).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "empty file"),
+        (b"hello, I am no picture", "not a JPEG, PNG, BMP or WebP image"),
+        (encoded("GIF"), "not a JPEG, PNG, BMP or WebP image"),
+        (encoded("TIFF"), "not a JPEG, PNG, BMP or WebP image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 128\n", "not a JPEG, PNG, BMP or WebP image"),
+        *((encoded(kind)[: len(encoded(kind)) // 2], "broken image: ") for kind in ("JPEG", "PNG", "BMP", "WEBP")),
+        (encoded()[:100], "broken image|not a JPEG"),
+        (encoded("PNG")[:500] + bytes(500) + encoded("PNG")[1000:], "broken image: "),
+    ],
+)
+def test_files_that_are_no_whole_image(tmp_path, data, words):
+    (tmp_path / "a.jpg").write_bytes(data)
+    with pytest.raises(ValueError, match=f"^({words})") as caught:
+        read_image(tmp_path / "a.jpg", SIZE)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cut", range(1, 40))
+def test_no_truncated_header_gets_through(tmp_path, cut):
+    for kind in ("JPEG", "PNG", "BMP", "WEBP"):
+        (tmp_path / "a.jpg").write_bytes(encoded(kind)[:cut])
+        with pytest.raises(ValueError):
+            read_image(tmp_path / "a.jpg", SIZE)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 128), (64, 7)])
+def test_tiny_images_are_refused(tmp_path, shape):
+    Image.new("RGB", shape).save(tmp_path / "a.png")
+    for image in (tmp_path / "a.png", Image.new("RGB", shape)):
+        with pytest.raises(ValueError, match=f"{shape[0]} x {shape[1]} pixels: a side must have at least 8"):
+            read_image(image, SIZE)
+
+
+def test_huge_images_are_refused_before_decoding(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    assert os.path.getsize(tmp_path / "bomb.png") < 100_000
+    with pytest.raises(ValueError, match="more than 50 megapixels"):
+        read_image(tmp_path / "bomb.png", SIZE)
+    Image.new("1", (7_200, 7_200)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="7200 x 7200 pixels: more than 50 megapixels"):
+        read_image(tmp_path / "large.png", SIZE)
+
+
+def test_a_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no.jpg"):
+        read_image(tmp_path / "no.jpg", SIZE)
