@@ -26,10 +26,11 @@ REID3D_INLINE void pool(const T* feats, int64_t row, const int64_t* idx, int64_t
   for (int64_t c = 0; c < size; ++c) best[c] = static_cast<Wide<T>>(feats[idx[0] * row + c]);
   for (int64_t s = 1; s < k; ++s) {
     const T* values = feats + idx[s] * row;
+#pragma omp simd
     for (int64_t c = 0; c < size; ++c) {
-      const Wide<T> v = static_cast<Wide<T>>(values[c]);
-      const bool wins = !(v <= best[c]) & (best[c] == best[c]);  // the first NaN wins for good
-      best[c] = wins ? v : best[c];
+      const Wide<T> v = static_cast<Wide<T>>(values[c]), b = best[c];
+      const bool wins = !(v <= b) & (b == b);  // the first NaN wins for good
+      best[c] = wins ? v : b;
       slot[c] = wins ? static_cast<int32_t>(s) : slot[c];
     }
   }
@@ -42,11 +43,7 @@ REID3D_INLINE void pool(const T* feats, int64_t row, const int64_t* idx, int64_t
 // The common case by its own name: only plain functions can be compiled for several instruction sets.
 REID3D_HOT void pool_of(const float* feats, int64_t row, const int64_t* idx, int64_t k, int64_t size, float* out,
                         int16_t* slot) {
-  if (size == kChannels) {
-    pool(feats, row, idx, k, kChannels, out, slot);
-  } else {
-    pool(feats, row, idx, k, size, out, slot);
-  }
+  pool(feats, row, idx, k, size, out, slot);
 }
 
 template <typename T>

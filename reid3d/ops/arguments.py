@@ -5,15 +5,19 @@ from torch import Tensor
 
 
 def check_points(name: str, x: Tensor, dims: int | None = None) -> Tensor:
-    """x as (B,N,D) float32 or float64; float16 and bfloat16 are widened, `dims` fixes D."""
+    """x as float32 or float64 coordinates (B,N,D): float16 and bfloat16 are widened."""
+    check_rows(name, x, dims)
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_rows(name: str, x: Tensor, dims: int | None = None) -> None:
+    """x is (B,N,D) floating point; `dims` fixes D."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
-    last = "D" if dims is None else str(dims)
-    if x.dim() != 3 or x.shape[2] != (x.shape[2] if dims is None else dims):
-        raise ValueError(f"{name} must have shape (B, N, {last}), got {tuple(x.shape)}")
-    return x if x.dtype == torch.float64 else x.float()
+    if x.dim() != 3 or (dims is not None and x.shape[2] != dims):
+        raise ValueError(f"{name} must have shape (B, N, {dims or 'D'}), got {tuple(x.shape)}")
 
 
 def check_same_cloud_batch(name: str, x: Tensor, other: str, y: Tensor) -> None:

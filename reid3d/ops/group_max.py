@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .arguments import check_points
+from .arguments import check_rows
 
 MAX_GROUP = 32767  # the slot of the winner is kept in an int16
 
@@ -27,7 +27,7 @@ def group_max(feats: Tensor, idx: Tensor) -> Tensor:
 
     Source: the pooling of a PointNet++ set abstraction, Qi et al., NeurIPS 2017, sec. 3.2.
     """
-    check_points("feats", feats)
+    check_rows("feats", feats)
     if not isinstance(idx, Tensor) or idx.dtype != torch.int64:
         raise TypeError(f"idx must be an int64 tensor, got {getattr(idx, 'dtype', type(idx).__name__)}")
     if idx.device != feats.device:
