@@ -66,12 +66,16 @@ class Fitter(nn.Module):
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images must be (B, H, W, 3), got {tuple(images.shape)}")
         height, width = images.shape[1:3]
-        # The regressor saw crops of 2:1: pad to that with the border's colours. A camera counts from the crop's centre
-        # in half heights, so padding the sides leaves it alone and padding the height scales it.
-        tall, wide = max(height, 2 * width), max(width, (height + 1) // 2)
-        left, top = (wide - width) // 2, (tall - height) // 2
+        # The regressor saw crops of 2:1, so make them that, with the border's colours: narrow ones get wider, wide ones
+        # taller by a quarter at most (it saw people that small) and lose columns beyond. A camera counts from the crop's
+        # centre in half heights, so the width does not matter to it and added height scales it.
+        tall = min(max(height, 2 * width), height * 5 // 4)
+        wide = (tall + 1) // 2
+        left, top = (wide - width) // 2, (tall - height) // 2  # negative: cut off
         x = images.to(self.regressor.mean.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        x = F.pad(x, (left, wide - width - left, top, tall - height - top), mode="replicate")
+        x = x[..., max(-left, 0) : max(-left, 0) + wide]
+        left = max(left, 0)
+        x = F.pad(x, (left, wide - x.shape[3] - left, top, tall - height - top), mode="replicate")
         if x.shape[2:] != INPUT_SIZE:
             x = F.interpolate(x, INPUT_SIZE, mode="bilinear", antialias=True, align_corners=False)
         out = self.regressor(x)

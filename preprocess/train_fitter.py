@@ -12,7 +12,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from io import BytesIO
-from math import pi
+from math import cos, pi
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,11 @@ from .hmr import Regressed, Regressor
 from .synth.people import choice, sample_people, sample_poses, uniform
 from .synth.render import Renderer, sample_backgrounds, sample_views
 
-HELD_OUT = 1 << 40  # first seed of the held-out batches; training uses 0, 1, 2, ...
+CHECKPOINT_EVERY = 250  # steps
+# A CPU generator keeps 32 bits of its seed, so the batches share them out: run r trains on r << 20, (r << 20) + 1, ...
+RUN_BITS = 20
+MEAN = 2 << 30  # first seed of the batches that give the mean
+HELD_OUT = 3 << 30  # first seed of the held-out batches
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,16 @@ def save_atomically(path: Path, write) -> None:
 
 
 def train(recipe: Recipe, out: Path, workers: int) -> Regressor:
-    """Train until recipe.steps, from out/checkpoint.pt if there is one."""
+    """Train until recipe.steps, from out/checkpoint.pt if there is one.
+
+    Raises:
+        ValueError: steps or seed leave the held-out crops no seeds of their own; the checkpoint is of another recipe.
+    """
+    if not 0 < recipe.steps < 1 << RUN_BITS or not 0 <= recipe.seed < MEAN >> RUN_BITS:
+        raise ValueError(
+            f"steps must be in 1..{(1 << RUN_BITS) - 1} and seed in 0..{(MEAN >> RUN_BITS) - 1}, "
+            f"got {recipe.steps} and {recipe.seed}"
+        )
     out.mkdir(parents=True, exist_ok=True)
     body = load_body("low")
     torch.manual_seed(recipe.seed)
@@ -167,9 +180,9 @@ def train(recipe: Recipe, out: Path, workers: int) -> Regressor:
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     warm = min(200, recipe.steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warm, 0.5 * (1 + np.cos(pi * s / recipe.steps)) + 1e-3)
+        optimizer, lambda s: min((s + 1) / warm, 0.5 * (1 + cos(pi * s / recipe.steps)) + 1e-3)
     )
-    first = recipe.seed << 32
+    first = recipe.seed << RUN_BITS
     checkpoint = out / "checkpoint.pt"
     done = 0
     if checkpoint.exists():
@@ -182,10 +195,14 @@ def train(recipe: Recipe, out: Path, workers: int) -> Regressor:
         done = state["step"]
         print(f"resuming at step {done}")
     else:
-        model.mean.copy_(mean_parameters(RenderedBatches(8, recipe.batch, first + (1 << 31))))
+        model.mean.copy_(mean_parameters(RenderedBatches(8, recipe.batch, MEAN)))
     batches = RenderedBatches(recipe.steps, recipe.batch, first)
     loader = DataLoader(
-        batches, batch_size=None, sampler=range(done, recipe.steps), num_workers=workers, prefetch_factor=8
+        batches,
+        batch_size=None,
+        sampler=range(done, recipe.steps),
+        num_workers=workers,
+        prefetch_factor=8 if workers else None,
     )
     start, running = time.time(), 0.0
     for step, (images, *truth) in enumerate(loader, done + 1):
@@ -199,7 +216,7 @@ def train(recipe: Recipe, out: Path, workers: int) -> Regressor:
         optimizer.step()
         schedule.step()
         running = value.item() if step == done + 1 else 0.98 * running + 0.02 * value.item()
-        if step % 250 == 0 or step == recipe.steps:
+        if step % CHECKPOINT_EVERY == 0 or step == recipe.steps:
             speed = (step - done) * recipe.batch / (time.time() - start)
             figures = evaluate(model, 512) if step % 1000 == 0 else ""
             print(f"step {step} loss {running:.3f} {speed:.0f} images/s {figures}", flush=True)
@@ -211,7 +228,7 @@ def train(recipe: Recipe, out: Path, workers: int) -> Regressor:
                 "schedule": schedule.state_dict(),
             }
             save_atomically(checkpoint, lambda path, state=state: torch.save(state, path))
-    half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    half = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
     note = {"recipe": json.dumps(asdict(recipe)), "trained_on": "reid3d synthetic people", "format": "reid3d-fitter-1"}
     save_atomically(out / WEIGHTS, lambda path: save_file(half, path, note))
     return model

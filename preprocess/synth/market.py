@@ -40,7 +40,7 @@ class Crops:
 
 def stream(*key: int) -> Generator:
     """A generator for one purpose: streams of different keys are independent."""
-    return Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def sample_cameras(count: int, generator: Generator) -> Cameras:

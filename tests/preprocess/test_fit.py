@@ -1,0 +1,185 @@
+"""The embedded fitter: what its figures mean, that the shipped weights reach them, and that training resumes."""
+
+import json
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from reid3d.preprocess import train_fitter
+from reid3d.preprocess.body import axis_angle_to_matrix, load_body
+from reid3d.preprocess.fit import Fitter
+from reid3d.preprocess.hmr import Regressed, Regressor
+from reid3d.preprocess.train_fitter import (
+    HELD_OUT,
+    MEAN,
+    RUN_BITS,
+    Recipe,
+    RenderedBatches,
+    evaluate,
+    loss,
+    procrustes,
+    train,
+)
+from safetensors.torch import load_file, save_file
+
+ASSETS = files("reid3d.preprocess") / "assets"
+
+
+@pytest.fixture(scope="module")
+def fitter() -> Fitter:
+    return Fitter()
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[torch.Tensor, ...]:
+    return RenderedBatches(1, 16, HELD_OUT + 10_000)[0]
+
+
+def test_shipped_weights_reach_their_target(fitter: Fitter) -> None:
+    shipped = json.loads((ASSETS / "fitter.json").read_text())
+    assert shipped["crops"] >= 2000
+    assert shipped["mpjpe_mm"] <= 110 and shipped["yaw_median_deg"] <= 15 and shipped["joints2d_px"] <= 6
+    measured = evaluate(fitter.regressor, 256, workers=0)  # the first of the crops that fitter.json was measured on
+    assert measured["crops"] == 256
+    assert measured["mpjpe_mm"] <= 110 and measured["yaw_median_deg"] <= 15 and measured["joints2d_px"] <= 6
+
+
+def test_evaluation_of_perfect_and_of_wrong_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = [RenderedBatches(2, 8, HELD_OUT)[i] for i in range(2)]
+
+    class Answer(Regressor):
+        """Answers the truth, turned about the vertical by `turn` and moved by `shift`."""
+
+        turn, shift = 0.0, 0.0
+
+        def forward(self, x: torch.Tensor) -> Regressed:
+            _, rotmats, betas, cam, _ = truth[self.calls]
+            self.calls += 1
+            rotmats = rotmats.clone()
+            rotmats[:, 0] = axis_angle_to_matrix(torch.tensor([0.0, self.turn, 0.0])) @ rotmats[:, 0]
+            return Regressed(rotmats, betas, cam + torch.tensor([0.0, self.shift, 0.0]))
+
+    answer = Answer()
+    answer.calls = 0
+    perfect = evaluate(answer, 16, batch=8, workers=0)
+    assert perfect["crops"] == 16
+    assert perfect["mpjpe_mm"] == 0 and perfect["pa_mpjpe_mm"] == 0 and perfect["yaw_median_deg"] == 0
+    assert perfect["joints2d_px"] < 1.5  # the weak camera against the true one
+    answer.calls, answer.turn = 0, torch.pi / 6
+    turned = evaluate(answer, 16, batch=8, workers=0)
+    assert turned["yaw_median_deg"] == pytest.approx(30, abs=0.2)
+    assert turned["pa_mpjpe_mm"] == 0 < turned["mpjpe_mm"]
+    answer.calls, answer.turn, answer.shift = 0, 0.0, 0.1
+    moved = evaluate(answer, 16, batch=8, workers=0)
+    scale = torch.cat([t[3][:, 0] for t in truth]).mean()
+    assert moved["joints2d_px"] == pytest.approx(float(0.1 * scale * 64), rel=0.1)
+    assert moved["mpjpe_mm"] == 0
+
+
+def test_procrustes_undoes_a_similarity() -> None:
+    g = torch.Generator().manual_seed(0)
+    b = torch.randn(4, 24, 3, generator=g)
+    rotation = axis_angle_to_matrix(torch.randn(4, 3, generator=g))
+    a = 0.7 * b @ rotation.mT + torch.randn(4, 1, 3, generator=g)
+    torch.testing.assert_close(procrustes(a, b), b, atol=1e-5, rtol=0)
+    mirrored = b * torch.tensor([-1.0, 1, 1])
+    assert (procrustes(mirrored, b) - b).norm(dim=-1).mean() > 0.3  # a mirror image is no similarity
+
+
+def test_loss_is_zero_at_the_truth_and_grows(batch) -> None:
+    _, rotmats, betas, cam, joints2d = batch
+    body = load_body("low")
+    joints2d = train_fitter.project_joints(body.joints(rotmats, betas)[1], cam)
+    assert loss(body, Regressed(rotmats, betas, cam), rotmats, betas, cam, joints2d) == pytest.approx(0, abs=1e-4)
+    assert loss(body, Regressed(rotmats, betas, cam * 1.1), rotmats, betas, cam, joints2d) > 0.1
+
+
+def test_held_out_crops_are_never_trained_on() -> None:
+    # A CPU generator uses the low 32 bits of a seed: the ranges must not meet there.
+    last_of_last_run = ((MEAN >> RUN_BITS) << RUN_BITS) - 1
+    assert last_of_last_run < MEAN < MEAN + 8 < HELD_OUT < HELD_OUT + 10_000 < 1 << 32
+    first = [RenderedBatches(1, 4, seed)[0][0] for seed in (0, MEAN, HELD_OUT, 1 << RUN_BITS)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
+    for recipe in (Recipe(steps=1 << RUN_BITS), Recipe(seed=MEAN >> RUN_BITS)):
+        with pytest.raises(ValueError, match="steps must be in"):
+            train(recipe, Path("unused"), workers=0)
+
+
+def test_fit_lands_on_the_person(fitter: Fitter, batch) -> None:
+    images, _, _, _, joints2d = batch
+    fit = fitter(images)
+    assert fit.verts.shape == (16, len(fitter.body.v_template), 3)
+    torch.testing.assert_close(fit.verts, fitter.body(fit.rotmats, fit.betas).verts)
+    error = (train_fitter.project_joints(fit.joints, fit.cam) - joints2d).norm(dim=-1) * 64
+    assert error.mean() < 8
+
+
+def test_fit_does_not_depend_on_the_batch(fitter: Fitter, batch) -> None:
+    images = batch[0]
+    together, alone = fitter(images), fitter(images[3:4])
+    torch.testing.assert_close(together.verts[3:4], alone.verts, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 128), (160, 64), (128, 96), (384, 128)])
+def test_cameras_of_other_shapes_see_the_same_body(fitter: Fitter, batch, height: int, width: int) -> None:
+    # The same person in a crop with more street around, or enlarged: the joints fall on the same pixels of the photo.
+    images = batch[0][:4]
+    scale = max(height // 128, 1) if height in (256, 384) else 1
+    big = images.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    top, side = height - 128 * scale, width - 64 * scale
+    big = torch.nn.functional.pad(
+        big.permute(0, 3, 1, 2).float(),
+        (side // 2, side - side // 2, top // 2, top - top // 2) if side >= 0 else (0, 0, top // 2, top - top // 2),
+        mode="replicate",
+    )
+    big = big[..., max(0, -side) // 2 :][..., :width].permute(0, 2, 3, 1).byte()
+    fit, base = fitter(big.contiguous()), fitter(images)
+
+    def pixels(f, h: int) -> torch.Tensor:  # from the crop's centre, in pixels of the original crop
+        return train_fitter.project_joints(f.joints, f.cam) * h / 2
+
+    error = (pixels(fit, height) / scale - pixels(base, 128)).norm(dim=-1)
+    assert error.mean() < 8
+
+
+def test_errors(fitter: Fitter, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="images must be uint8, got torch.float32"):
+        fitter(torch.zeros(1, 128, 64, 3))
+    with pytest.raises(ValueError, match=r"images must be \(B, H, W, 3\), got \(128, 64, 3\)"):
+        fitter(torch.zeros(128, 64, 3, dtype=torch.uint8))
+    (tmp_path / "bad").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="weights must be a file of train_fitter, got .*bad"):
+        Fitter(tmp_path / "bad")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="weights must be a file of train_fitter, got .*other"):
+        Fitter(tmp_path / "other")
+
+
+def test_interrupted_training_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_fitter, "CHECKPOINT_EVERY", 2)
+    recipe = Recipe(steps=6, batch=4)
+    train(recipe, tmp_path / "whole", workers=0)
+
+    class Stopped(Exception):
+        pass
+
+    original = RenderedBatches.__getitem__
+
+    def item(self: RenderedBatches, i: int) -> tuple[torch.Tensor, ...]:
+        if self.first == 0 and i == 3:
+            raise Stopped
+        return original(self, i)
+
+    with monkeypatch.context() as m:
+        m.setattr(RenderedBatches, "__getitem__", item)
+        with pytest.raises(Stopped):
+            train(recipe, tmp_path / "parts", workers=0)
+    with monkeypatch.context() as m:
+        m.setattr(train_fitter, "mean_parameters", lambda batches: pytest.fail("resuming must not start again"))
+        train(recipe, tmp_path / "parts", workers=0)
+    whole, parts = (load_file(tmp_path / k / "fitter.safetensors") for k in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    with pytest.raises(ValueError, match="must come from the same recipe"):
+        train(replace(recipe, lr=1.0), tmp_path / "whole", workers=0)
