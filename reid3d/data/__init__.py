@@ -1,0 +1,19 @@
+"""Data sets: folders of crops, folders of point clouds, what is done to a cloud on its way to a model."""
+
+from .clouds import CloudDataset, CloudSplit, open_dataset, validate_protocol
+from .images import ImageRecord, list_images, read_image
+from .samplers import BalancedSampler
+from .transforms import EvalTransform, TrainTransform
+
+__all__ = [
+    "BalancedSampler",
+    "CloudDataset",
+    "CloudSplit",
+    "EvalTransform",
+    "ImageRecord",
+    "TrainTransform",
+    "list_images",
+    "open_dataset",
+    "read_image",
+    "validate_protocol",
+]
