@@ -1,0 +1,341 @@
+"""Crops to clouds: one image, or a folder into shards, in runs that can be stopped at any moment and begun again.
+
+An output folder holds SPLIT-00000.safetensors with its manifest SPLIT-00000.jsonl and so on (`reid3d.io`), dataset.json
+with the configuration and the number of shards, and failures.jsonl with {name, reason, bytes} of every file that gave
+no cloud. A shard is shard_size crops of one split, by position in the sorted list, so a run knows what is left to do.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from reid3d.cloud import PointCloud
+from reid3d.data.images import MAX_PIXELS, MIN_SIDE, ImageRecord, list_images, read_image
+from reid3d.io import DATASET_FILE, Record, Shard, atomic_write, library_version, manifest_path, write_shard
+
+from .camera import project
+from .fit import Fitter
+from .mapping import map_images
+
+FAILURES_FILE = "failures.jsonl"
+DECODE_THREADS = 4
+SECONDS_BETWEEN_LINES = 30  # of progress, when stderr is not a terminal
+NO_FIT = "no finite body could be fitted"
+
+Shards = dict[Path, list[ImageRecord]]
+Failures = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did: clouds written now, clouds found done, files that gave none, speed of this run."""
+
+    written: int
+    skipped: int
+    failed: int
+    clouds_per_second: float
+
+    def __str__(self) -> str:
+        speed = f" ({self.clouds_per_second:.1f}/s)" if self.written else ""
+        where = f": see {FAILURES_FILE}" if self.failed else ""
+        return f"{self.written} clouds written{speed}, {self.skipped} were there, {self.failed} files failed{where}"
+
+
+@cache
+def default_fitter() -> Fitter:
+    """The embedded fitter, loaded once, on the GPU when there is one."""
+    return Fitter().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def weights_hash(fitter: Fitter) -> str:
+    """A short name for everything the fits depend on: the parameters and the body's buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*fitter.named_parameters(), *fitter.named_buffers()], key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Fitted(NamedTuple):
+    """A cloud with what its `Record` says of the fit."""
+
+    cloud: PointCloud
+    cam: tuple[float, float, float]
+    quality: dict[str, float]
+
+
+def fit_crops(crops: Sequence[np.ndarray], fitter: Fitter) -> list[Fitted | None]:
+    """Fit a body to each crop (H, W, 3) of one size and map its pixels; None where no finite body came out.
+
+    quality: "visible", the share of the body's vertices that took a pixel's colour; "inside", the share that projects
+    into the crop, hidden or not.
+    """
+    faces = fitter.body.faces
+    height, width = crops[0].shape[:2]
+    images = torch.from_numpy(np.stack(crops)).to(faces.device)
+    with torch.inference_mode():
+        fit = fitter(images)
+        points = project(fit.verts, fit.cam, height, width)
+        good = points.isfinite().flatten(1).all(1) & (fit.cam[:, 0] > 0)
+        pixels = points[..., :2]
+        inside = ((pixels >= 0) & (pixels < pixels.new_tensor([width, height]))).all(2).float().mean(1).tolist()
+        clouds = iter(map_images(images[good], fit.verts[good], fit.cam[good], faces) if good.any() else [])
+    fitted: list[Fitted | None] = []
+    for is_good, cam, share in zip(good.tolist(), fit.cam.tolist(), inside, strict=True):
+        if is_good:
+            cloud = next(clouds)
+            seen = np.count_nonzero(cloud.vertex >= 0) / fit.verts.shape[1]
+            fitted.append(Fitted(cloud, tuple(cam), {"visible": round(seen, 4), "inside": round(share, 4)}))
+        else:
+            fitted.append(None)
+    return fitted
+
+
+def convert(
+    image: str | Path | Image.Image, *, size: tuple[int, int] = (128, 64), fitter: Fitter | None = None
+) -> PointCloud:
+    """The point cloud of one pedestrian crop: H*W points, those of the body first.
+
+    The crop is resized to `size` = (H, W). fitter: None for the embedded one.
+
+    Raises: TypeError, ValueError for a bad `size`; ValueError naming an image that cannot be used; OSError when the
+        file cannot be read.
+    """
+    size = _checked_size(size)
+    try:
+        pixels = read_image(image, size)
+    except ValueError as error:
+        raise ValueError(f"image: {image}: {error}") from error
+    fitted = fit_crops([pixels], fitter or default_fitter())[0]
+    if fitted is None:
+        raise ValueError(f"image: {image}: {NO_FIT}")
+    return fitted.cloud
+
+
+def convert_folder(
+    src: str | Path,
+    out: str | Path,
+    *,
+    size: tuple[int, int] = (128, 64),
+    batch: int = 64,
+    shard_size: int = 1024,
+    fitter: Fitter | None = None,
+    progress: bool = True,
+) -> Report:
+    """Convert a folder of crops (see `reid3d.data.list_images`), or one image, into shards in the folder `out`.
+
+    The same call again goes on where a stopped one ended, and the files come out the same. A file that cannot be used
+    is a line in failures.jsonl; it is tried again by a call that finds its size changed. size, fitter: as in `convert`.
+
+    Raises: FileNotFoundError when `src` is missing; ValueError when nothing in it could be converted, `out` lies in
+        `src`, or `out` was begun with other images, another configuration or version; OSError when `out` cannot be
+        written (what was finished stays) or another conversion is writing there.
+    """
+    src, out, size = Path(src), Path(out), _checked_size(size)
+    for name, value in (("batch", batch), ("shard_size", shard_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    if src.is_dir() and out.resolve().is_relative_to(src.resolve()):
+        raise ValueError(f"out must not lie in src ({src}), got {out}")
+    images, rejected = list_images(src)
+    if not images:
+        found = "; ".join(f"{name}: {reason}" for name, reason in rejected[:3]) or "it is empty"
+        raise ValueError(f"src holds no crops to convert: {src} ({found})")
+    fitter = fitter or default_fitter()
+    shards = {
+        out / f"{split}-{k:05d}.safetensors": chunk
+        for split, group in groupby(images, key=lambda image: image.split)
+        for k, chunk in enumerate(_chunks(list(group), shard_size))
+    }
+    config = {
+        "source": src.resolve().name,
+        "images": len(images),
+        "names": hashlib.sha256(json.dumps([image.name for image in images]).encode()).hexdigest()[:16],
+        "size": list(size),
+        "shard_size": shard_size,
+        "fitter": weights_hash(fitter),
+        "version": library_version("reid3d"),
+        "shards": dict(Counter(path.name.split("-")[0] for path in shards)),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        for stale in out.glob(".*.tmp"):
+            stale.unlink()
+        _claim(out, config)
+        failures = _read_failures(out / FAILURES_FILE)
+        todo, skipped = _divide(shards, failures)
+        listed = {image.name for image in images}
+        failures = {name: line for name, line in failures.items() if name in listed}
+        failures.update({name: {"name": name, "reason": reason} for name, reason in rejected})
+        start, written = time.perf_counter(), 0
+        with closing(_convert_shards(todo, size, batch, fitter, progress)) as finished:
+            for path, clouds, records, failed in finished:
+                failures.update({line["name"]: line for line in failed})
+                _write_failures(out / FAILURES_FILE, failures)  # before the shard, which marks them as dealt with
+                write_shard(path, clouds, records, config=config)
+                written += len(clouds)
+        _write_failures(out / FAILURES_FILE, failures)
+        seconds = time.perf_counter() - start
+    if not written + skipped:
+        raise ValueError(f"src: not one file in {src} could be converted: see {out / FAILURES_FILE}")
+    return Report(written, skipped, len(failures), written / seconds)
+
+
+def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = size
+    if not (isinstance(height, int) and isinstance(width, int)):
+        raise TypeError(f"size must be two integers (H, W), got {size}")
+    if min(size) < MIN_SIDE or height * width > MAX_PIXELS:
+        raise ValueError(f"size must be (H, W) of at least {MIN_SIDE} pixels each, got {size}")
+    return height, width
+
+
+def _chunks(items: list[ImageRecord], length: int) -> list[list[ImageRecord]]:
+    return [items[i : i + length] for i in range(0, len(items), length)]
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold `out` for this process; the system lets go of it however the process ends."""
+    with open(out / ".lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"out: another conversion is writing into {out}") from None
+        yield
+
+
+def _claim(out: Path, config: dict[str, Any]) -> None:
+    """Write `config` into an `out` without shards; compare it with the one that those there were made by."""
+    path = out / DATASET_FILE
+    if not any(out.glob("[!.]*.safetensors")):
+        with atomic_write(path) as file:
+            file.write(json.dumps(config, indent=2).encode() + b"\n")
+        return
+    try:
+        found = dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        raise ValueError(f"out holds files that no conversion wrote: {out}") from None
+    if different := [key for key in {**config, **found} if config.get(key) != found.get(key)]:
+        changes = ", ".join(f"{key} was {found.get(key)}, is {config.get(key)}" for key in different)
+        raise ValueError(f"out was begun otherwise; choose another folder than {out} ({changes})")
+
+
+def _divide(shards: Shards, failures: Failures) -> tuple[Shards, int]:
+    """The shards still to be made, and the number of clouds in the others."""
+    todo, skipped = {}, 0
+    for path, images in shards.items():
+        failed = [image for image in images if image.name in failures]
+        changed = any(failures[image.name]["bytes"] != _bytes(image.path) for image in failed)
+        if manifest_path(path).exists() and path.exists() and not changed:
+            skipped += len(Shard(path))
+        else:
+            manifest_path(path).unlink(missing_ok=True)
+            todo[path] = images
+            for image in failed:
+                del failures[image.name]
+    return todo, skipped
+
+
+def _bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
+
+
+def _read_failures(path: Path) -> Failures:
+    if not path.exists():
+        return {}
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return {line["name"]: line for line in lines if "bytes" in line}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not a failure report: {error}") from error
+
+
+def _write_failures(path: Path, failures: Failures) -> None:
+    with atomic_write(path) as file:
+        file.writelines(f"{json.dumps(failures[name])}\n".encode() for name in sorted(failures))
+
+
+def _convert_shards(
+    shards: Shards, size: tuple[int, int], batch: int, fitter: Fitter, progress: bool
+) -> Generator[tuple[Path, list[PointCloud], list[Record], list[dict[str, Any]]]]:
+    """For each shard its path, clouds, records and failures; crops are decoded one batch ahead of the fitter."""
+    bar = _Progress(sum(map(len, shards.values())), progress)
+    pool = ThreadPoolExecutor(DECODE_THREADS)
+    try:
+        decoded = _read_ahead(pool, [chunk for images in shards.values() for chunk in _chunks(images, batch)], size)
+        for path, images in shards.items():
+            clouds, records, failed = [], [], []
+            for chunk in _chunks(images, batch):
+                crops = next(decoded)
+                fitted = iter(fit_crops(good, fitter) if (good := [c for c in crops if not isinstance(c, str)]) else [])
+                for image, crop in zip(chunk, crops, strict=True):
+                    result = crop if isinstance(crop, str) else next(fitted) or NO_FIT
+                    if isinstance(result, str):
+                        failed.append({"name": image.name, "reason": result, "bytes": _bytes(image.path)})
+                    else:
+                        clouds.append(result.cloud)
+                        who = (image.name, image.split, image.pid, image.camid, image.time)
+                        records.append(Record(*who, size, result.cam, result.quality))
+                bar.add(len(chunk))
+            yield path, clouds, records, failed
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_ahead(
+    pool: ThreadPoolExecutor, chunks: list[list[ImageRecord]], size: tuple[int, int]
+) -> Iterator[list[np.ndarray | str]]:
+    def read(image: ImageRecord) -> np.ndarray | str:
+        try:
+            return read_image(image.path, size)
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+        except ValueError as error:
+            return str(error)
+
+    waiting: deque[Iterator[np.ndarray | str]] = deque()
+    for chunk in chunks:
+        waiting.append(pool.map(read, chunk))
+        if len(waiting) > 1:
+            yield list(waiting.popleft())
+    while waiting:
+        yield list(waiting.popleft())
+
+
+class _Progress:
+    """A bar when stderr is a terminal, a line now and then when it is not."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self._lines = shown and not sys.stderr.isatty()
+        self._bar = tqdm(total=total, unit="crop", disable=not shown or self._lines)
+        self._total, self._done, self._last = total, 0, time.monotonic()
+
+    def add(self, count: int) -> None:
+        self._bar.update(count)
+        self._done += count
+        if self._lines and time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
+            print(f"{self._done} of {self._total} crops converted", file=sys.stderr, flush=True)
+            self._last = time.monotonic()
+
+    def close(self) -> None:
+        self._bar.close()
