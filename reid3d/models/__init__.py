@@ -1,0 +1,105 @@
+"""Networks by name, and their weights as safetensors files that know what they are."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from ..io import atomic_write
+from . import ognet
+from .head import Output
+
+__all__ = ["Output", "create_model", "list_models", "save_weights"]
+
+FORMAT = "reid3d-weights-1"
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "ognet": ognet.ognet,
+    "ognet_small": ognet.ognet_small,
+    "ognet_deep": ognet.ognet_deep,
+}
+
+
+def list_models() -> list[str]:
+    """The names that ``create_model`` knows, sorted."""
+    return sorted(MODELS)
+
+
+def create_model(
+    name: str | None = None, num_classes: int = 0, *, weights: str | Path | None = None, **kwargs: Any
+) -> nn.Module:
+    """A network, in training mode; ``model.inputs`` says what it eats ("cloud": xyz and rgb, both (B, N, 3)).
+
+    Args:
+        name: one of ``list_models()``; may be left out when ``weights`` is given.
+        num_classes: identities to classify; 0 for features alone.
+        weights: a file of ``save_weights``. Its classifier is used when it has ``num_classes`` classes, else left out.
+        **kwargs: of the model, e.g. ``init_points=384``; with ``weights``, in place of those it was saved with.
+
+    Raises:
+        ValueError: an unknown name or argument; a file that is no weights file, or of another network.
+        FileNotFoundError: no such file.
+    """
+    state, meta = _read_weights(Path(weights)) if weights is not None else ({}, {})
+    if weights is not None:
+        if name is not None and name != meta["model"]:
+            raise ValueError(f"name must be that of the weights, {meta['model']!r}, got {name!r}")
+        name, kwargs = meta["model"], {**json.loads(meta["kwargs"]), **kwargs}
+    if name not in MODELS:
+        raise ValueError(f"name must be one of {', '.join(list_models())}, got {name!r}")
+    known = [p for p in inspect.signature(MODELS[name]).parameters if p != "num_classes"]
+    unknown = sorted(set(kwargs) - set(known))
+    if unknown:
+        raise ValueError(f"{name} has the arguments {', '.join(known)}, got {', '.join(unknown)}")
+    if num_classes < 0:
+        raise ValueError(f"num_classes must not be negative, got {num_classes}")
+    model = MODELS[name](num_classes, **kwargs)
+    model.name, model.kwargs, model.num_classes = name, kwargs, num_classes  # type: ignore[assignment]
+    if weights is not None:
+        own = model.state_dict()
+        fresh = {key for key in own if key.startswith("head.classifier.")}
+        if int(meta["num_classes"]) != num_classes:
+            state = {key: value for key, value in state.items() if not key.startswith("head.classifier.")}
+            state |= {key: own[key] for key in fresh}
+        wrong = sorted(key for key in own.keys() | state.keys() if _shape(own, key) != _shape(state, key))
+        if wrong:
+            raise ValueError(f"weights {weights} do not fit {name}({kwargs}): {len(wrong)} tensors, first {wrong[0]}")
+        model.load_state_dict(state)
+    return model
+
+
+def save_weights(model: nn.Module, path: str | Path, *, trained_on: str) -> None:
+    """Write a model of ``create_model`` as safetensors, atomically; ``trained_on`` says in words what it has seen."""
+    metadata = {
+        "format": FORMAT,
+        "model": str(model.name),
+        "kwargs": json.dumps(model.kwargs),
+        "num_classes": str(model.num_classes),
+        "trained_on": trained_on,
+    }
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with atomic_write(path) as file:
+        file.write(save(state, metadata))
+
+
+def _shape(state: dict[str, Any], key: str) -> tuple[int, ...] | None:
+    return tuple(state[key].shape) if key in state else None
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"weights must be a file, got {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            if meta.get("format") != FORMAT:
+                raise ValueError(f"weights must be a {FORMAT} file, got {path} of format {meta.get('format')!r}")
+            return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"weights must be a safetensors file, got {path}: {error}") from error

@@ -1,0 +1,49 @@
+"""What every re-identification network ends with: a descriptor, and a classifier of the training ids on top of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Output(NamedTuple):
+    """What a model returns in training mode: feats (B, D), before dropout, and logits (B, num_classes) or None."""
+
+    feats: Tensor
+    logits: Tensor | None
+
+
+class Head(nn.Module):
+    """Linear without bias -> BatchNorm = descriptor; dropout -> classifier = logits of the training ids.
+
+    Args:
+        c_in: channels of the pooled input.
+        dim: D, length of the descriptor.
+        num_classes: training ids; 0 for no classifier.
+        dropout: probability, in front of the classifier.
+
+    Initialised as the published OG-Net: linear Kaiming normal by fan-out, norm N(1, 0.02), classifier N(0, 1e-6),
+    biases 0. The published code drops out in place, so that a metric loss sees the dropped descriptor; ours, the whole.
+
+    Source: layumi/person-reid-3d, ``model_efficient.py``.
+    """
+
+    def __init__(self, c_in: int, dim: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(c_in, dim, bias=False)
+        self.norm = nn.BatchNorm1d(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(dim, num_classes) if num_classes else None
+        nn.init.kaiming_normal_(self.linear.weight, mode="fan_out")
+        nn.init.normal_(self.norm.weight, 1.0, 0.02)
+        if self.classifier is not None:
+            nn.init.normal_(self.classifier.weight, 0.0, 1e-6)
+            nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor | Output:
+        """pooled (B, c_in) -> in eval mode feats (B, D), in training mode Output."""
+        feats = self.norm(self.linear(pooled))
+        if not self.training:
+            return feats
+        return Output(feats, self.classifier(self.dropout(feats)) if self.classifier is not None else None)

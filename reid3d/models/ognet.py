@@ -1,0 +1,321 @@
+"""OG-Net: graph convolutions and PointNet++ set abstraction on coloured point clouds.
+
+Features are channels-last, (B, N, C). Three exact refactorings make the network affordable; none changes a parameter:
+
+* the first linear layer on a pair of points, centre i and neighbour j, is a sum A_j + D_i of one projection per point;
+* the statistics that batch normalisation needs over all pairs follow from sums over points, since each A_j counts as
+  often as j is somebody's neighbour; so a graph convolution never forms a tensor over the edges;
+* batch normalisation and ReLU are monotone in each channel, so the maximum over neighbours is taken before them.
+
+Source: Zheng et al., "Parameter-Efficient Person Re-identification in the 3D Space", TNNLS 2022, and the code published
+with it (layumi/person-reid-3d, ModelE_dense with the flags of its recipes), which decides where the two differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import ops
+from .head import Head, Output
+
+SLOPE = 0.2  # of every LeakyReLU
+BALLS = ((0.1, 8), (0.2, 16), (0.4, 32))  # radius in metres and points kept, the same at every stage
+EMBEDDING = 512
+
+
+class FoldedNorm(nn.BatchNorm1d):
+    """BatchNorm as a (scale, shift) to apply elsewhere; parameters, buffers and their updates are BatchNorm1d's."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def fold(self, mean: Tensor | None = None, var: Tensor | None = None, count: int = 0) -> tuple[Tensor, Tensor]:
+        """From the mean and biased variance of ``count`` rows, which move the running ones; from those without."""
+        if mean is None or var is None:
+            mean, var = self.running_mean, self.running_var
+        else:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, 0.1)
+                self.running_var.lerp_(var * (count / (count - 1)), 0.1)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return scale, self.bias - mean * scale
+
+    def signs(self) -> Tensor:
+        """-1 where the scale is negative, so that the largest output comes from the smallest input; else 1."""
+        return torch.where(self.weight < 0, -1.0, 1.0).to(self.weight.dtype)
+
+
+def _rows(idx: Tensor, n: int) -> Tensor:
+    """Indices (B, M, k) into clouds of n points -> rows (B*M, k) of all their points one below the other."""
+    return (idx + n * torch.arange(idx.shape[0], device=idx.device).view(-1, 1, 1)).flatten(0, 1)
+
+
+def _degree(rows: Tensor, like: Tensor) -> Tensor:
+    """The share of all pairs in which each row of ``like`` (n, C) is the neighbour: (n,), of sum 1."""
+    return torch.bincount(rows.flatten(), minlength=like.shape[0]).to(like.dtype) / rows.numel()
+
+
+class EdgeConv(nn.Module):
+    """Graph convolution: Linear on (h_j - h_i, h_i) of each edge -> BN -> a learned mix of max and mean -> LeakyReLU.
+
+    ``linear.weight`` is the published Conv2d 1x1 without its last two axes; ``mix``, the logit of the share of the
+    maximum, is what the published code calls GeM, though it is no generalised mean.
+    """
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * c_in, c_out)
+        self.norm = FoldedNorm(c_out)
+        self.mix = nn.Parameter(torch.zeros(()))
+
+    def forward(self, h: Tensor, idx: Tensor) -> Tensor:
+        """h (B, N, c_in), idx (B, N, k) -> (B, N, c_out)."""
+        rows = _rows(idx, h.shape[1])
+        w_difference, w_self = self.linear.weight.chunk(2, dim=1)
+        a = F.linear(h, w_difference)
+        d = F.linear(h, w_self - w_difference, self.linear.bias).flatten(0, 1)
+        mean_a = F.embedding_bag(rows, a.flatten(0, 1), mode="mean")  # over each neighbourhood
+        if self.training:
+            # var(A_j + D_i) = var(A_j) + var(D_i) + 2 cov(A_j, D_i), each about its mean so that nothing cancels.
+            all_a, all_d = mean_a.mean(0), d.mean(0)
+            power_a = _degree(rows, mean_a) @ (a.flatten(0, 1) - all_a).square()
+            var = power_a + ((d - all_d) * (d - all_d + 2 * (mean_a - all_a))).mean(0)
+            scale, shift = self.norm.fold(all_a + all_d, var, rows.numel())
+        else:
+            scale, shift = self.norm.fold()
+        sign = self.norm.signs()
+        max_a = sign * ops.group_max(sign * a, idx).flatten(0, 1)
+        mixed = torch.lerp(mean_a, max_a, self.mix.sigmoid()) + d
+        return F.leaky_relu(mixed * scale + shift, SLOPE).view_as(a)
+
+
+class Gate(nn.Module):
+    """Per-point channel gate, an "SE block" without the squeeze: h * sigmoid(Linear(Swish(Linear(h))))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(1, channels // 24)
+        self.reduce = nn.Linear(channels, hidden)
+        self.expand = nn.Linear(hidden, channels)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * self.expand(F.silu(self.reduce(h))).sigmoid_()
+
+
+class _MaxAndPower(torch.autograd.Function):
+    """e (R, k, C) -> its maximum over k (R, C), and its mean square over R and k (C); one dense pass backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor) -> tuple[Tensor, Tensor]:
+        largest, slot = e.max(1)
+        ctx.save_for_backward(e, slot)
+        return largest, e.square().mean((0, 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_largest: Tensor, grad_power: Tensor) -> Tensor:
+        e, slot = ctx.saved_tensors
+        grad = e * (grad_power * (2 / (e.shape[0] * e.shape[1])))
+        return grad.scatter_add_(1, slot.unsqueeze(1), grad_largest.unsqueeze(1))
+
+
+class Branch(nn.Module):
+    """One scale of a set abstraction, around each centre c: the points j of its ball, first ``k`` in index order,
+    Linear on (xyz_j - xyz_c, h_j) -> BN -> gate -> Linear -> BN -> ReLU -> max over the ball.
+    """
+
+    def __init__(self, channels: int, radius: float, k: int) -> None:
+        super().__init__()
+        self.radius, self.k = radius, k
+        self.linear1 = nn.Linear(3 + channels, channels // 2, bias=False)
+        self.norm1 = FoldedNorm(channels // 2)
+        self.gate = Gate(channels // 2)
+        self.linear2 = nn.Linear(channels // 2, channels, bias=False)
+        self.norm2 = FoldedNorm(channels)
+
+    def forward(self, centers: Tensor, xyz: Tensor, h: Tensor) -> Tensor:
+        """centers (B, M, 3), xyz (B, N, 3), h (B, N, C) -> (B, M, C)."""
+        rows = _rows(ops.ball_query(centers, xyz, self.radius, self.k), xyz.shape[1])
+        w_xyz, w_h = self.linear1.weight.split((3, h.shape[2]), dim=1)
+        a = (F.linear(xyz, w_xyz) + F.linear(h, w_h)).flatten(0, 1)
+        d = -F.linear(centers, w_xyz).flatten(0, 1)
+        if self.training:
+            # As in EdgeConv, but D_c is linear in the centre, so cov(A_j, D_c) needs of each point only the sum of the
+            # centres of the balls it lies in: three numbers, without a gradient.
+            degree, all_d = _degree(rows, a), d.mean(0)
+            all_a = degree @ a
+            dev_c = centers.flatten(0, 1) - centers.mean((0, 1))
+            owners = torch.zeros_like(xyz).flatten(0, 1)
+            owners.index_add_(0, rows.flatten(), dev_c.repeat_interleave(self.k, 0) / rows.numel())
+            cov = -((a - all_a) * F.linear(owners, w_xyz)).sum(0)
+            var = degree @ (a - all_a).square() + (d - all_d).square().mean(0) + 2 * cov
+            scale, shift = self.norm1.fold(all_a + all_d, var, rows.numel())
+        else:
+            scale, shift = self.norm1.fold()
+        pairs = F.embedding(rows, a * scale) + (d * scale + shift).unsqueeze(1)
+        return self._pool(self.gate(pairs)).unflatten(0, centers.shape[:2])
+
+    def _pool(self, pairs: Tensor) -> Tensor:
+        """The second half, from Linear to max: (B*M, k, C/2) -> (B*M, C)."""
+        weight, sign = self.linear2.weight, self.norm2.signs()
+        signed = sign.unsqueeze(1) * weight
+        if not self.training:
+            scale, shift = self.norm2.fold()
+            return F.relu(F.linear(pairs, signed).amax(1) * (sign * scale) + shift)
+        mean = F.linear(pairs.mean((0, 1)), weight)
+        largest, var = _MaxAndPower.apply(F.linear(pairs, signed, -sign * mean))  # about the mean
+        scale, shift = self.norm2.fold(mean, var, pairs.shape[0] * self.k)
+        return F.relu((sign * largest + mean) * scale + shift)
+
+
+class SetAbstraction(nn.Module):
+    """PointNet++ set abstraction with three scales: one branch a ball size, summed."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(Branch(channels, radius, k) for radius, k in BALLS)
+
+    def forward(self, centers: Tensor, xyz: Tensor, h: Tensor) -> Tensor:
+        """centers (B, M, 3), xyz (B, N, 3), h (B, N, C) -> (B, M, C)."""
+        return torch.stack([branch(centers, xyz, h) for branch in self.branches]).sum(0)
+
+
+class Stage(nn.Module):
+    """Graph convolutions, then, when ``points`` is given, a set abstraction around as many sampled points.
+
+    With ``shortcut`` the input joins the output through a learned convex gate (``skip``, the logit of its share), after
+    Linear -> LeakyReLU where the channels change.
+    """
+
+    def __init__(self, c_in: int, c_out: int, convs: int, points: int | None, shortcut: bool, last: bool) -> None:
+        super().__init__()
+        self.points, self.last = points, last
+        self.convs = nn.ModuleList(EdgeConv(c_in if i == 0 else c_out, c_out) for i in range(convs))
+        self.abstraction = SetAbstraction(c_out) if points is not None else None
+        self.project = nn.Linear(c_in, c_out) if shortcut and points is not None else None
+        self.skip = nn.Parameter(torch.zeros(())) if shortcut else None
+
+    def forward(self, xyz: Tensor, h: Tensor, k: int, graph: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """xyz (B, N, 3), h (B, N, C), the graph of xyz if it is known -> the same of the next points."""
+        h_in = h
+        for conv in self.convs:
+            if self.last:  # neighbours in space and features, anew for each convolution
+                space = torch.cat((xyz, h.detach()), dim=2)
+                h = conv(h, ops.knn(space, space, k).idx)
+            else:
+                graph = ops.knn(xyz, xyz, k).idx if graph is None else graph
+                h = conv(h, graph)
+        if self.abstraction is not None and self.points is not None:
+            sample = ops.farthest_point_sample(xyz, self.points).unsqueeze(2)
+            centers = xyz.gather(1, sample.expand(-1, -1, 3))
+            h = self.abstraction(centers, xyz, h)
+            if self.project is not None:
+                h_in = h_in.gather(1, sample.expand(-1, -1, h_in.shape[2]))
+                h_in = F.leaky_relu(self.project(h_in), SLOPE)
+            xyz, graph = centers, None
+        if self.skip is not None:
+            h = torch.lerp(h, h_in, self.skip.sigmoid())
+        return xyz, h, graph
+
+
+class OGNet(nn.Module):
+    """Omni-scale Graph Network: a coloured point cloud to a descriptor of 512 numbers of its person.
+
+    Args:
+        dims: channels after each stage; a stage that changes them also samples points.
+        num_classes: training ids; 0 for no classifier.
+        k: neighbours in the graphs, the point itself included.
+        convs: graph convolutions a stage.
+        shortcut: join each stage's input to its output.
+        init_points: points after the first sampling; each later one halves them.
+        dropout: probability in front of the classifier.
+
+    Graphs join the nearest points in space, in the last stage the nearest in (xyz, features). Sampling starts at index
+    0 and balls keep points in index order, so the order of a cloud's points matters. Departure: the published sampling
+    never takes a point within 3.2 cm of the origin (|p|^2 <= 1e-3); ``farthest_point_sample`` has no such rule.
+
+    Raises:
+        ValueError: an argument out of range, or fewer points than k left for the last graph.
+
+    Source: as this file; initialisation from the published code.
+    """
+
+    inputs = "cloud"
+
+    def __init__(
+        self,
+        dims: tuple[int, ...],
+        num_classes: int = 0,
+        *,
+        k: int = 20,
+        convs: int = 1,
+        shortcut: bool = False,
+        init_points: int = 768,
+        dropout: float = 0.7,
+    ) -> None:
+        super().__init__()
+        self.k, self.init_points = k, init_points
+        self.stages = nn.ModuleList()
+        c_in, left = 3, 2 * init_points
+        for i, c_out in enumerate(dims):
+            graph_points, samples = left, c_out != c_in
+            left = left // 2 if samples else left
+            points = left if samples else None
+            self.stages.append(Stage(c_in, c_out, convs, points, shortcut, last=i + 1 == len(dims)))
+            c_in = c_out
+        if not 1 <= k <= graph_points or left < 1:
+            raise ValueError(
+                f"init_points must leave at least k points for the last graph, got init_points={init_points}, k={k}, "
+                f"which leaves {graph_points}"
+            )
+        # The published code's convolutions, Linear here, are Kaiming normal by fan-in, its linear layers by fan-out.
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out" if name.endswith("project") else "fan_in")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm1d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+        self.head = Head(2 * c_in, EMBEDDING, num_classes, dropout)
+
+    def forward(self, xyz: Tensor, rgb: Tensor) -> Tensor | Output:
+        """Describe B clouds of N points each.
+
+        Args:
+            xyz: (B, N, 3) metres, about the mean of the cloud, N >= init_points and N >= k.
+            rgb: (B, N, 3) in [-0.5, 0.5].
+
+        Returns:
+            In eval mode feats (B, 512), not normalised; in training mode, where B >= 2, Output(feats, logits).
+        """
+        if xyz.dim() != 3 or xyz.shape[2] != 3 or xyz.shape != rgb.shape:
+            raise ValueError(f"xyz and rgb must both be (B, N, 3), got {tuple(xyz.shape)} and {tuple(rgb.shape)}")
+        if xyz.shape[1] < max(self.init_points, self.k):
+            raise ValueError(f"xyz must have N >= {max(self.init_points, self.k)} points, got {xyz.shape[1]}")
+        h, graph = rgb, None
+        for stage in self.stages:
+            xyz, h, graph = stage(xyz, h, self.k, graph)
+        return self.head(torch.cat((h.amax(1), h.mean(1)), dim=1))
+
+
+def ognet(num_classes: int = 0, *, k: int = 20, init_points: int = 768, dropout: float = 0.7) -> OGNet:
+    """OG-Net: 1.95 M parameters without the classifier."""
+    return OGNet((64, 128, 256, 512), num_classes, k=k, init_points=init_points, dropout=dropout)
+
+
+def ognet_small(num_classes: int = 0, *, k: int = 20, init_points: int = 768, dropout: float = 0.7) -> OGNet:
+    """OG-Net-Small: 1.20 M parameters without the classifier."""
+    return OGNet((48, 96, 192, 384), num_classes, k=k, init_points=init_points, dropout=dropout)
+
+
+def ognet_deep(num_classes: int = 0, *, k: int = 9, init_points: int = 768, dropout: float = 0.7) -> OGNet:
+    """OG-Net-Deep: 14 graph convolutions, gated short-cuts, 2.47 M parameters without the classifier."""
+    dims = (48, 96, 96, 192, 192, 384, 384)
+    return OGNet(dims, num_classes, k=k, convs=2, shortcut=True, init_points=init_points, dropout=dropout)

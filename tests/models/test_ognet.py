@@ -1,0 +1,208 @@
+"""OG-Net against its by-the-book form, then its properties and errors."""
+
+import pytest
+import torch
+
+from reid3d.models.head import Output
+from reid3d.models.ognet import OGNet, ognet, ognet_deep, ognet_small
+
+from . import slow_ognet
+
+SMALL = {"init_points": 32, "k": 5, "dropout": 0.0}
+
+
+def clouds(batch, points, seed=0, dtype=torch.float64):
+    """Points in a box of a person's proportions, so that balls of 0.1 to 0.4 m are empty, part-filled and full."""
+    rng = torch.Generator().manual_seed(seed)
+    xyz = (torch.rand(batch, points, 3, generator=rng, dtype=dtype) - 0.5) * torch.tensor([0.6, 1.4, 0.3], dtype=dtype)
+    rgb = torch.rand(batch, points, 3, generator=rng, dtype=dtype) - 0.5
+    return xyz, rgb
+
+
+def awkward(model):
+    """Weights where nothing is trivial: running statistics moved, negative scales, mixes off 1/2."""
+    rng = torch.Generator().manual_seed(1)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=rng, dtype=tensor.dtype) * 0.3
+            with torch.no_grad():
+                if name.endswith("running_var"):
+                    tensor.copy_(noise.exp())
+                elif "norm" in name and name.endswith("weight"):
+                    tensor.copy_(torch.where(noise < -0.2, -1.0, 1.0) + noise * 0.1)
+                else:
+                    tensor.add_(noise * (1.0 if tensor.dim() < 2 else 0.1))
+    return model
+
+
+def build(kind):
+    torch.manual_seed(0)
+    kinds = {
+        "plain": lambda: OGNet((8, 16, 24), **SMALL),
+        "deep": lambda: OGNet((8, 16, 16, 24), convs=2, shortcut=True, **SMALL),
+    }
+    return awkward(kinds[kind]().double())
+
+
+@pytest.mark.parametrize("kind", ["plain", "deep"])
+def test_eval_agrees_with_the_book(kind):
+    model = build(kind).eval()
+    xyz, rgb = clouds(2, 70)
+    expected, _ = slow_ognet.forward(model, xyz, rgb)
+    torch.testing.assert_close(model(xyz, rgb), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["plain", "deep"])
+def test_training_agrees_with_the_book(kind):
+    model = build(kind).train()
+    xyz, rgb = clouds(3, 70)
+    rgb.requires_grad_()
+    weight = torch.randn(3, 512, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected, running = slow_ognet.forward(model, xyz, rgb)
+    leaves = {"rgb": rgb, **dict(model.named_parameters())}
+    gradients = torch.autograd.grad((expected * weight).sum(), leaves.values())
+
+    feats = model(xyz, rgb).feats
+    torch.testing.assert_close(feats, expected, rtol=1e-9, atol=1e-9)
+    ours = torch.autograd.grad((feats * weight).sum(), leaves.values())
+    for name, a, b in zip(leaves, ours, gradients, strict=True):
+        scale = float(b.abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(scale, 1.0), msg=lambda m, n=name: f"{n}: {m}")
+    for norm, (mean, var) in running.items():
+        torch.testing.assert_close(norm.running_mean, mean, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(norm.running_var, var, rtol=1e-10, atol=1e-10)
+        assert int(norm.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "layers"), [(ognet, 1_951_738, 4), (ognet_small, 1_200_833, 4), (ognet_deep, 2_470_498, 7)]
+)
+def test_parameter_counts(model, body, layers):
+    """As published, without and with the classifier of Market-1501's 751 people."""
+    assert sum(p.numel() for p in model().parameters()) == body
+    assert sum(p.numel() for p in model(751).parameters()) == body + 385_263
+    assert len(model().stages) == layers
+
+
+def test_points_of_the_published_stages():
+    assert [stage.points for stage in ognet().stages] == [768, 384, 192, 96]
+    assert [stage.points for stage in ognet_deep().stages] == [768, 384, None, 192, None, 96, None]
+    assert (ognet().k, ognet_small().k, ognet_deep().k) == (20, 20, 9)
+    assert ognet().head.dropout.p == 0.7
+    assert [b.gate.reduce.out_features for s in ognet().stages for b in s.abstraction.branches[:1]] == [1, 2, 5, 10]
+    assert [(b.radius, b.k) for b in ognet().stages[2].abstraction.branches] == [(0.1, 8), (0.2, 16), (0.4, 32)]
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = ognet_deep(751).requires_grad_(False)
+    for name, p in model.named_parameters():
+        if name.endswith(("bias", "mix", "skip")):
+            assert (p == 0).all(), name
+            continue
+        if p.dim() == 1:  # normalisation
+            mean, std = 1.0, 0.02
+        elif "classifier" in name:
+            mean, std = 0.0, 1e-6
+        else:
+            fan_out = name.endswith(("project.weight", "head.linear.weight"))
+            mean, std = 0.0, (2 / p.shape[0 if fan_out else 1]) ** 0.5
+        n = p.numel()
+        assert abs(float(p.mean()) - mean) < 5 * std / n**0.5, name
+        assert abs(float(p.std()) / std - 1) < 5 / (2 * n) ** 0.5, name
+
+
+def float_model(**kwargs):
+    torch.manual_seed(0)
+    return awkward(OGNet((8, 16, 24), **{**SMALL, **kwargs}))
+
+
+@torch.no_grad()
+def test_float32_is_close_to_float64():
+    """The refactored batch statistics do not cancel, even where features barely vary about a large mean."""
+    model = float_model(num_classes=3).train()
+    xyz, rgb = clouds(4, 70)
+    rgb = 0.4 + rgb * 0.02
+    ours = model(xyz.float(), rgb.float()).feats
+    reference = awkward(OGNet((8, 16, 24), 3, **SMALL)).double()
+    reference.load_state_dict(model.state_dict())
+    exact, _ = slow_ognet.forward(reference.train(), xyz.float().double(), rgb.float().double())
+    assert float((ours - exact).abs().max()) < 2e-3 * float(exact.abs().max())
+
+
+def test_eval_is_deterministic_and_clouds_do_not_mix():
+    model = float_model(dropout=0.7).eval()
+    xyz, rgb = clouds(5, 64, dtype=torch.float32)
+    feats = model(xyz, rgb)
+    assert isinstance(feats, torch.Tensor) and feats.shape == (5, 512) and torch.isfinite(feats).all()
+    assert torch.equal(feats, model(xyz, rgb))
+    order = torch.tensor([3, 0, 4, 1, 2])
+    torch.testing.assert_close(model(xyz[order], rgb[order]), feats[order], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(xyz[:1], rgb[:1]), feats[:1], rtol=1e-4, atol=1e-4)
+    assert model(xyz[:0], rgb[:0]).shape == (0, 512)
+
+
+def test_a_shift_of_the_cloud_changes_nothing():
+    model = float_model().double().eval()
+    xyz, rgb = clouds(2, 64)
+    torch.testing.assert_close(model(xyz + 3.0, rgb), model(xyz, rgb), rtol=1e-6, atol=1e-6)
+
+
+def test_training_output():
+    model = float_model(num_classes=7).train()
+    output = model(*clouds(3, 64, dtype=torch.float32))
+    assert isinstance(output, Output)
+    assert output.feats.shape == (3, 512) and output.logits.shape == (3, 7)
+    assert float_model().train()(*clouds(3, 64, dtype=torch.float32)).logits is None
+
+
+def test_every_parameter_gets_a_gradient():
+    torch.manual_seed(0)
+    model = ognet_deep(5, init_points=72).train()
+    output = model(*clouds(4, 80, dtype=torch.float32))
+    torch.nn.functional.cross_entropy(output.logits + output.feats[:, :5], torch.arange(4)).backward()
+    for name, p in model.named_parameters():
+        if name.endswith("linear.bias"):  # in front of a BatchNorm, which takes any constant away
+            assert p.grad.abs().max() < 1e-4, name
+        else:
+            assert p.grad.abs().max() > 0, name
+
+
+def test_dropout_acts_on_the_logits_only():
+    model = float_model(num_classes=4, dropout=0.7).train()
+    xyz, rgb = clouds(3, 64, dtype=torch.float32)
+    torch.manual_seed(0)
+    first = model(xyz, rgb)
+    second = model(xyz, rgb)
+    assert torch.equal(first.feats, second.feats)
+    assert not torch.equal(first.logits, second.logits)
+
+
+def test_duplicate_points_and_as_many_as_sampled():
+    model = float_model().eval()
+    xyz, rgb = clouds(2, 32, dtype=torch.float32)
+    xyz[:, 16:] = xyz[:, :16]
+    assert torch.isfinite(model(xyz, rgb)).all()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"k": 0}, "k=0"), ({"k": 25, "init_points": 32}, "which leaves 16"), ({"init_points": 3, "k": 1}, "init_points")],
+)
+def test_impossible_sizes(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        OGNet((8, 16, 24), **{**SMALL, **kwargs})
+
+
+def test_wrong_inputs():
+    model = float_model().eval()
+    xyz, rgb = clouds(2, 64, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"\(B, N, 3\)"):
+        model(xyz[0], rgb[0])
+    with pytest.raises(ValueError, match=r"\(B, N, 3\)"):
+        model(xyz, rgb[:, :5])
+    with pytest.raises(ValueError, match="N >= 32 points, got 31"):
+        model(xyz[:, :31], rgb[:, :31])
+    with pytest.raises(ValueError, match="more than 1 value"):
+        float_model().train()(xyz[:1], rgb[:1])
