@@ -1,0 +1,160 @@
+"""Feature files and extraction."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from reid3d.data import open_dataset
+from reid3d.retrieval import Features, extract
+from tests.capsules import write_capsules
+
+
+def some(n: int = 3, **changes) -> Features:
+    values = dict(
+        feats=np.arange(n * 4, dtype=np.float32).reshape(n, 4),
+        pids=np.arange(n) - 1,
+        camids=np.full(n, 2),
+        names=[f"query/ü {i}.jpg" for i in range(n)],
+        times=np.arange(n) * 10,
+        source="/data/market3d",
+        split="query",
+    )
+    return Features(**{**values, **changes})
+
+
+class Moments(nn.Module):
+    """Stands in for a network: mean and deviation of each input, which a scale changes."""
+
+    inputs = "cloud"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, xyz: torch.Tensor, rgb: torch.Tensor) -> torch.Tensor:
+        assert not self.training and torch.is_inference_mode_enabled()
+        both = torch.cat([xyz, rgb], -1)
+        return self.weight * torch.cat([both.std(1), both.mean(1) ** 2, torch.ones(len(both), 1)], -1)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return open_dataset(write_capsules(tmp_path_factory.mktemp("features") / "shards"))
+
+
+@pytest.mark.parametrize("features", [some(), some(0), some(times=None), some(names=["\udcff", "a\nb", "<"])])
+def test_a_file_gives_back_what_was_saved(features, tmp_path):
+    features.save(tmp_path / "f.safetensors")
+    back = Features.load(tmp_path / "f.safetensors")
+    for name in ("feats", "pids", "camids", "times"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(features, name))
+    assert (back.names, back.source, back.split) == (features.names, features.source, features.split)
+    assert os.listdir(tmp_path) == ["f.safetensors"]
+
+
+def test_the_same_features_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        some().save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_failed_save_keeps_the_file_that_was_there(tmp_path, monkeypatch):
+    some().save(tmp_path / "f")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        some(2).save(tmp_path / "f")
+    assert len(Features.load(tmp_path / "f")) == 3
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_other_files_are_refused(tmp_path):
+    from safetensors.numpy import save_file
+
+    with pytest.raises(FileNotFoundError, match="no such feature file"):
+        Features.load(tmp_path / "none")
+    some().save(tmp_path / "f")
+    whole = (tmp_path / "f").read_bytes()
+    for damaged in (b"", whole[:40], whole[:-1], b"not a feature file"):
+        (tmp_path / "damaged").write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged is not a reid3d feature file"):
+            Features.load(tmp_path / "damaged")
+    save_file({"feats": np.zeros((1, 2), np.float32)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="its format is None"):
+        Features.load(tmp_path / "other")
+    tensors = {"feats": np.zeros((1, 2), np.float32), "text": np.frombuffer(b'{"names": ["a"]}', np.uint8)}
+    save_file(tensors, tmp_path / "part", {"format": "reid3d-features-1"})
+    with pytest.raises(ValueError, match="part is not a reid3d feature file"):
+        Features.load(tmp_path / "part")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(feats=[[1.0]]), TypeError, "feats must be a float32 NumPy array"),
+        (dict(feats=np.zeros((3, 4))), TypeError, "feats must be a float32 NumPy array, got float64"),
+        (dict(feats=np.zeros((2, 4), np.float32)), ValueError, r"feats must have shape \(N, D\) with N = 3 names"),
+        (dict(pids=np.zeros((3, 1), np.int64)), ValueError, r"pids must have shape \(N,\)"),
+        (dict(camids=np.zeros(3, np.int32)), TypeError, "camids must be a int64 NumPy array, got int32"),
+        (dict(times=np.zeros(2, np.int64)), ValueError, "times must have shape"),
+        (dict(feats=np.full((3, 4), np.inf, np.float32)), ValueError, "feats must be finite, .* 3 of 3"),
+    ],
+)
+def test_bad_features(changes, error, message):
+    with pytest.raises(error, match=message):
+        some(**changes)
+
+
+def test_extract_sums_the_scales_and_normalises(dataset):
+    model = Moments().eval()
+    features = extract(model, dataset.gallery, batch=3, progress=False)
+    with torch.inference_mode():
+        for i in range(len(dataset.gallery)):
+            xyz, rgb, *_ = dataset.gallery[i]
+            total = model(xyz[None], rgb[None]) + model(1.1 * xyz[None], rgb[None])
+            np.testing.assert_allclose(features.feats[i], (total / total.norm())[0].numpy(), atol=1e-6)
+    split = dataset.gallery
+    assert features.names == [record.name for record in split.records]
+    np.testing.assert_array_equal(features.pids, split.pids)
+    np.testing.assert_array_equal(features.camids, split.camids)
+    assert (features.source, features.split) == (str(dataset.root), "gallery")
+    one = extract(model, dataset.gallery, scales=[1.0], progress=False)
+    assert np.abs(one.feats - features.feats).max() > 1e-3
+
+
+def test_extract_does_not_depend_on_batch_or_workers_and_leaves_the_mode(dataset):
+    model = Moments().train()
+    first = extract(model, dataset.query, batch=1, progress=False)
+    second = extract(model, dataset.query, batch=64, workers=1, progress=False)
+    np.testing.assert_allclose(first.feats, second.feats, atol=1e-6)
+    assert model.training
+
+
+def test_extract_follows_the_device(dataset, device):
+    model = Moments()
+    features = extract(model, dataset.query, device=device, progress=False)
+    assert next(model.parameters()).device.type == torch.device(device).type
+    np.testing.assert_allclose(features.feats, extract(Moments(), dataset.query, progress=False).feats, atol=1e-5)
+
+
+def test_extract_errors(dataset):
+    model = Moments()
+    with pytest.raises(ValueError, match="split must not be empty, got 'all' of "):
+        extract(model, dataset.all)
+    with pytest.raises(ValueError, match="scales must not be empty"):
+        extract(model, dataset.query, scales=[])
+    with pytest.raises(ValueError, match="batch must be at least 1 and workers at least 0, got 0 and 0"):
+        extract(model, dataset.query, batch=0)
+    model.inputs = "image"
+    with pytest.raises(ValueError, match="model must take clouds, got one whose inputs are 'image'"):
+        extract(model, dataset.query)
+
+
+def test_extract_refuses_nan(dataset):
+    model = Moments().train()
+    nn.init.constant_(model.weight, torch.nan)
+    with pytest.raises(ValueError, match="feats must be finite"):
+        extract(model, dataset.query, progress=False)
+    assert model.training
