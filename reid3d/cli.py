@@ -1,0 +1,297 @@
+"""The command `reid3d`: one sub-command a stage, each reads files and writes files and can be run again.
+
+Exit codes: 0 done, 1 failed with one line saying why, 2 bad usage, 130 interrupted. REID3D_DEBUG=1 shows tracebacks.
+Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .retrieval import Result
+
+JSON_HELP = "write the figures as JSON too"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (without the program's name); returns the exit code, or exits on --help and bad usage."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if options.command is None:
+        parser.error(f"a command is needed: {', '.join(COMMANDS)}")
+    if options.command == "train":
+        options.config = rest  # a recipe and values for the fields of TrainConfig
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        COMMANDS[options.command](options)
+    except (KeyboardInterrupt, OSError, ValueError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
+        if os.environ.get("REID3D_DEBUG") == "1":
+            raise
+        code, message = _explain(error)
+        print(f"reid3d: {message}", file=sys.stderr)
+        return code
+    return 0
+
+
+class _UsageError(ValueError):
+    """What was typed cannot be meant."""
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; run the same command again to go on"
+    message = str(error).strip() or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        message = error.strerror + (f": {error.filename}" if error.filename else "")
+    elif isinstance(error, RuntimeError):
+        message = message.splitlines()[0]  # torch adds advice for programmers
+    return 2 if isinstance(error, _UsageError) else 1, f"error: {' '.join(message.split())}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"reid3d: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="reid3d", description="Person re-identification in 3D space.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"reid3d {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, help: str, **more: Any) -> argparse.ArgumentParser:
+        about = help[0].upper() + help[1:] + "."
+        return commands.add_parser(name, help=help, description=about, allow_abbrev=False, **more)
+
+    synth = command("synth", "write synthetic pedestrians in the layout of Market-1501")
+    synth.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    _number(synth, "--ids", 32, "identities, half of them for training")
+    _number(synth, "--cams", 4, "cameras")
+    _number(synth, "--images", 4, "images per identity and camera")
+    _number(synth, "--seed", 0, "same seed, same bytes", least=0)
+
+    convert = command("convert", "turn pedestrian crops into clouds; a second call goes on where the first stopped")
+    convert.add_argument("src", metavar="SRC", type=Path, help="folder in Market-1501's layout or any other, or image")
+    convert.add_argument("out", metavar="OUT", type=Path, help="folder of shards to write")
+    _number(convert, "--height", 128, "height in pixels that crops are resized to")
+    _number(convert, "--width", 64, "width in pixels that crops are resized to")
+    _number(convert, "--batch", 64, "crops fitted at once")
+    _number(convert, "--shard-size", 1024, "clouds per file")
+
+    # Its other options are the fields of TrainConfig, which _train reads.
+    train = command("train", "train a network; a second call goes on from the last epoch", add_help=False)
+    train.add_argument("-h", "--help", action="store_true")
+    train.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
+
+    evaluate = command("eval", "extract the features of query and gallery and score the ranking")
+    evaluate.add_argument("weights", metavar="RUN_OR_WEIGHTS", type=Path, help="folder of a run, or weights file")
+    evaluate.add_argument("data", metavar="DATA", type=Path, help="folder of shards with query and gallery")
+    ap_help = "definition of average precision (default: %(default)s)"
+    evaluate.add_argument("--ap", choices=("market", "mean"), default="market", help=ap_help)
+    evaluate.add_argument("--features", metavar="DIR", type=Path, help="default: features/ beside the weights")
+    _number(evaluate, "--batch", 32, "clouds per step")
+    _number(evaluate, "--workers", 0, "loader processes", least=0)
+    _number(evaluate, "--points", None, "points per cloud (default: as trained)")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
+    evaluate.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
+
+    view = command("view", "write an HTML page with ranked matches as clouds that the mouse turns")
+    view.add_argument("features", metavar="FEATURES_DIR", type=Path, help="folder that reid3d eval wrote")
+    view.add_argument("--out", metavar="PAGE", type=Path, default=Path("ranks.html"), help="default: %(default)s")
+    view.add_argument("--data", metavar="DIR", type=Path, help="default: the folder the features were made from")
+    _number(view, "--queries", 12, "queries to show")
+
+    doctor = command("doctor", "say what is installed and compiled, and whether it works")
+    doctor.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
+    return parser
+
+
+def _number(parser: argparse.ArgumentParser, flag: str, default: int | None, help: str, least: int = 1) -> None:
+    def number(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and int(text) >= least):
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    help += "" if default is None else " (default: %(default)s)"
+    parser.add_argument(flag, metavar="N", type=number, default=default, help=help)
+
+
+def _synth(options: argparse.Namespace) -> None:
+    from .preprocess.synth import synth
+
+    print(synth(options.out, ids=options.ids, cams=options.cams, images=options.images, seed=options.seed))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from .preprocess.convert import convert_folder
+
+    size = (options.height, options.width)
+    print(convert_folder(options.src, options.out, size=size, batch=options.batch, shard_size=options.shard_size))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from .config import config_parser, read_config, recipes
+
+    if options.help:
+        parser = config_parser(prog="reid3d train [RECIPE]")
+        parser.description = (
+            "Train a network; a second call goes on from the last epoch. RECIPE is a YAML file or one of: "
+            f"{', '.join(recipes())}. Options override it."
+        )
+        parser.add_argument("--json", metavar="FILE", help=JSON_HELP)
+        parser.print_help()
+        return
+    words = list(options.config)
+    recipe = words.pop(0) if words and not words[0].startswith("-") else None
+    try:
+        config = read_config(recipe, words)
+    except ValueError as error:
+        raise _UsageError(f"{error} (see reid3d train --help)") from error
+    from .train import train
+
+    run = train(config)
+    if options.json:
+        last = (run / "metrics.jsonl").read_text().splitlines()[-1]
+        _write_json(options.json, {"run": str(run), **json.loads(last)})
+    print(run)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from safetensors import safe_open
+
+    from .data import open_dataset, validate_protocol
+    from .data.transforms import EvalTransform
+    from .models import create_model
+    from .retrieval import evaluate, extract
+
+    weights = options.weights / "model.safetensors" if options.weights.is_dir() else options.weights
+    if not weights.is_file():
+        hint = " (is the training done?)" if options.weights.is_dir() else ""
+        raise FileNotFoundError(f"no weights at {weights}{hint}")
+    dataset = open_dataset(options.data)
+    splits = {"query": dataset.query, "gallery": dataset.gallery}
+    for name, split in splits.items():
+        if not len(split):
+            raise ValueError(f"{options.data} has no {name} clouds: convert a folder in Market-1501's layout")
+    if message := validate_protocol(dataset.query, dataset.gallery):
+        print(f"reid3d: {message}", file=sys.stderr)
+    model = create_model(weights=weights)
+    with safe_open(weights, framework="numpy") as file:
+        trained_on = file.metadata()["trained_on"]
+    transform = EvalTransform(points=options.points or _trained_points(trained_on))
+    folder = options.features or weights.parent / "features"
+    folder.mkdir(parents=True, exist_ok=True)
+    device = _device(options.device)
+    features = {}
+    for name, split in splits.items():
+        source = split.with_transform(transform)
+        features[name] = extract(model, source, batch=options.batch, workers=options.workers, device=device)
+        features[name].save(_feature_file(folder, name))
+    result = evaluate(features["query"], features["gallery"], ap=options.ap)
+    print(format_result(result))
+    print(f"features: {folder}")
+    if options.json:
+        figures = {
+            "weights": str(weights),
+            "trained_on": trained_on,
+            "data": str(options.data),
+            "points": transform.points,
+            "rank1": result.cmc[0],
+            "rank5": result.cmc[4],
+            "rank10": result.cmc[9],
+            "mAP": result.mAP,
+            "mINP": result.mINP,
+            "ap": result.ap,
+            "chance_rank1": result.chance.rank1,
+            "chance_mAP": result.chance.mAP,
+            "num_valid": result.num_valid,
+            "num_query": result.num_query,
+            "num_gallery": result.num_gallery,
+            "version": __version__,
+        }
+        _write_json(options.json, figures)
+
+
+def format_result(result: Result) -> str:
+    """A small table: each score, and what a random order of the gallery would score on average."""
+    rows: list[tuple[str, float, float | None]] = [
+        ("Rank-1", result.cmc[0], result.chance.rank1),
+        ("Rank-5", result.cmc[4], None),
+        ("Rank-10", result.cmc[9], None),
+        (f"mAP ({result.ap})", result.mAP, result.chance.mAP),
+        ("mINP", result.mINP, None),
+    ]
+    lines = []
+    for name, value, chance in rows:
+        against = f"   chance {chance:6.2%}, {value / chance:.1f} times that" if chance else ""
+        lines.append(f"{name:<13}{value:7.2%}{against}")
+    counts = f"{result.num_valid} of {result.num_query} queries have a match in the gallery of {result.num_gallery}"
+    return "\n".join([*lines, f"single query, cross camera: {counts}"])
+
+
+def _trained_points(trained_on: str) -> int:
+    """Points per cloud that the weights were trained with; the published 4096 where they do not say."""
+    try:
+        return int(json.loads(trained_on)["points"])
+    except (ValueError, TypeError, KeyError):
+        return 4096
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _feature_file(folder: Path, split: str) -> Path:
+    return folder / f"{split}.safetensors"
+
+
+def _view(options: argparse.Namespace) -> None:
+    from .data import open_dataset
+    from .retrieval import Features, search
+    from .viewer import view
+
+    if not options.features.is_dir():
+        raise FileNotFoundError(f"no such folder of features: {options.features} (reid3d eval writes one)")
+    query, gallery = (Features.load(_feature_file(options.features, split)) for split in ("query", "gallery"))
+    dataset = open_dataset(options.data) if options.data else None
+    ranks = search(query, gallery, cross_camera=True)
+    print(view(ranks, options.out, dataset=dataset, queries=options.queries))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from .doctor import format_report, report
+
+    found = report()
+    print(format_report(found))
+    if options.json:
+        _write_json(options.json, found)
+
+
+def _write_json(path: Path, figures: dict[str, Any]) -> None:
+    from .io import atomic_write
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(json.dumps(figures, indent=2).encode() + b"\n")
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "synth": _synth,
+    "convert": _convert,
+    "train": _train,
+    "eval": _eval,
+    "view": _view,
+    "doctor": _doctor,
+}
