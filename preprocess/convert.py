@@ -38,7 +38,8 @@ from .mapping import map_images
 FAILURES_FILE = "failures.jsonl"
 DECODE_THREADS = 4
 SECONDS_BETWEEN_LINES = 30  # of progress, when stderr is not a terminal
-NO_FIT = "no finite body could be fitted"
+FARTHEST = 100.0  # metres: a fit with anything beyond, or a crop that spans more, is none
+NO_FIT = "no body could be fitted"
 
 Shards = dict[Path, list[ImageRecord]]
 Failures = dict[str, dict[str, Any]]
@@ -83,7 +84,7 @@ class Fitted(NamedTuple):
 
 
 def fit_crops(crops: Sequence[np.ndarray], fitter: Fitter) -> list[Fitted | None]:
-    """Fit a body to each crop (H, W, 3) of one size and map its pixels; None where no finite body came out.
+    """Fit a body to each crop (H, W, 3) of one size and map its pixels; None where no body came out.
 
     quality: "visible", the share of the body's vertices that took a pixel's colour; "inside", the share that projects
     into the crop, hidden or not.
@@ -94,7 +95,8 @@ def fit_crops(crops: Sequence[np.ndarray], fitter: Fitter) -> list[Fitted | None
     with torch.inference_mode():
         fit = fitter(images)
         points = project(fit.verts, fit.cam, height, width)
-        good = points.isfinite().flatten(1).all(1) & (fit.cam[:, 0] > 0)
+        near = [(values.abs() < FARTHEST).flatten(1).all(1) for values in (fit.verts, fit.cam)]  # false for NaN
+        good = near[0] & near[1] & (fit.cam[:, 0] > 2 / FARTHEST)
         pixels = points[..., :2]
         inside = ((pixels >= 0) & (pixels < pixels.new_tensor([width, height]))).all(2).float().mean(1).tolist()
         clouds = iter(map_images(images[good], fit.verts[good], fit.cam[good], faces) if good.any() else [])

@@ -2,6 +2,7 @@ import io
 import os
 import struct
 import zlib
+from functools import cache
 
 import numpy as np
 import pytest
@@ -251,6 +252,7 @@ def test_exif_orientation_is_honoured(tmp_path, given_as):
     assert np.abs(np.array(corners(read_image(image, SIZE))) - COLOURS).max() <= 2
 
 
+@cache
 def encoded(kind="JPEG"):
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (128, 64, 3), np.uint8)

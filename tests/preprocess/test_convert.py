@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from reid3d.preprocess import convert as module
-from reid3d.preprocess.convert import Report, convert, convert_folder
+from reid3d.preprocess.convert import Report, convert, convert_folder, fit_crops
 from torch import nn
 
 from reid3d.data import open_dataset
@@ -96,12 +96,34 @@ def test_what_convert_refuses(tmp_path):
         convert(tmp_path / "a.jpg", fitter=CubeFitter())
     with pytest.raises(FileNotFoundError, match="no.jpg"):
         convert(tmp_path / "no.jpg", fitter=CubeFitter())
-    with pytest.raises(ValueError, match="no finite body"):
+    with pytest.raises(ValueError, match="no body could be fitted"):
         convert(Image.new("RGB", (64, 128)), fitter=CubeFitter())
     with pytest.raises(ValueError, match=r"size must be .* at least 8 .*, got \(4, 64\)"):
         convert(Image.new("RGB", (64, 128)), size=(4, 64), fitter=CubeFitter())
     with pytest.raises(TypeError, match=r"size must be two integers .*, got \(128.0, 64\)"):
         convert(Image.new("RGB", (64, 128)), size=(128.0, 64), fitter=CubeFitter())
+
+
+@pytest.mark.parametrize(
+    ("verts", "cam"),
+    [
+        (1.0, [torch.nan, 0, 0]),
+        (1.0, [1e-9, 0, 0]),
+        (1.0, [-1, 0, 0]),
+        (1.0, [1, 1e6, 0]),
+        (torch.inf, [1, 0, 0]),
+        (1e6, [1, 0, 0]),
+    ],
+)
+def test_a_fit_out_of_this_world_is_none(verts, cam):
+    fitter = CubeFitter()
+    fit = SimpleNamespace(verts=fitter.corners.repeat(2, 1, 1), cam=torch.tensor([[0.8, 0, 0], cam]))
+    fit.verts[1, 3, 2] = verts
+    fitter.forward = lambda images: fit
+    crops = np.zeros((2, 128, 64, 3), np.uint8)
+    good, bad = fit_crops(list(crops), fitter)
+    assert bad is None
+    assert good.quality == {"visible": 0.5, "inside": 1.0} and len(good.cloud) == 128 * 64
 
 
 # A folder
@@ -184,7 +206,7 @@ def mixed(tmp_path, bomb):
 
 
 BAD = {
-    "black.png": "no finite body could be fitted",
+    "black.png": "no body could be fitted",
     "bomb.png": "more than 50 megapixels",
     "dot.png": "1 x 1 pixels: a side must have at least 8",
     "gone.jpg": "cannot be read: No such file or directory",
