@@ -91,7 +91,7 @@ setup(
     + ["reid3d." + name for name in find_packages(include=["preprocess", "preprocess.*"])],
     package_dir={"reid3d.preprocess": "preprocess"},
     package_data={
-        "reid3d": ["py.typed", "recipes/*.yaml", "view/*.html", "view/*.js", "view/*.css"],
+        "reid3d": ["py.typed", "recipes/*.yaml", "viewer/*.html", "viewer/*.js", "viewer/*.css"],
         "reid3d.preprocess": ["assets/*"],
     },
     ext_modules=[] if reason else [Extension("reid3d._C", sources=[])],

@@ -1,0 +1,76 @@
+"""What is in use, with the compiled kernels and without them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import reid3d
+from reid3d.doctor import OPTIONAL, format_report, report
+from reid3d.ops import backend
+
+PACKAGE = Path(reid3d.__file__).parent
+
+
+def run(code: str, **environment: str) -> str:
+    process = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
+def test_backend_names_what_was_built():
+    built = {"cpp": (PACKAGE / "_C.so").is_file(), "cuda": (PACKAGE / "_C_cuda.so").is_file() and torch.version.cuda}
+    if os.environ.get("REID3D_NO_EXTENSION") == "1":
+        built = {}
+    assert backend() == ("+".join(kind for kind, there in built.items() if there) or "torch")
+
+
+def test_the_same_tests_pass_without_the_extension():
+    here = Path(__file__)
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", here.parent, "--ignore", here, "-q", "-p", "no:cacheprovider"],
+        env={**os.environ, "REID3D_NO_EXTENSION": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stdout[-4000:]
+    assert run("from reid3d.ops import backend; print(backend())", REID3D_NO_EXTENSION="1") == "torch"
+
+
+def test_cuda_library_loads_beside_any_torch_and_registers_its_kernels():
+    path = PACKAGE / "_C_cuda.so"
+    ops = ["knn", "farthest_point_sample", "ball_query", "group_max", "group_max_backward"]
+    found = run(
+        "import sys, torch, reid3d.ops\n"
+        f"if {path.is_file()}: torch.ops.load_library({str(path)!r})\n"
+        f"print([torch._C._dispatch_has_kernel_for_dispatch_key('reid3d::' + op, 'CUDA') for op in {ops}])",
+        REID3D_NO_EXTENSION="1",
+    )
+    assert found == str([path.is_file()] * len(ops))
+
+
+def test_report_is_json_and_names_what_is_missing():
+    info = json.loads(json.dumps(report()))
+    assert info["backend"] == backend()
+    assert info["torch"] == torch.__version__ and info["reid3d"] == reid3d.__version__
+    assert set(info["optional"]) == set(OPTIONAL)
+    text = format_report(info)
+    for name, entry in info["optional"].items():
+        missing = f"python -m pip install {name}"
+        assert (missing in text) == (entry["version"] is None)
+
+
+def test_report_says_that_the_extension_was_switched_off():
+    code = "from reid3d.doctor import *; print(format_report(report()))"
+    assert "plain torch: slow, switched off by REID3D_NO_EXTENSION=1" in run(code, REID3D_NO_EXTENSION="1")
+
+
+def test_importing_the_ops_imports_no_optional_package():
+    names = ["torch_geometric", "smplx", "trimesh", "open3d", "faiss", "ray", "tensorboard", "onnx"]
+    assert run(f"import sys, reid3d.ops, reid3d.doctor; print([n for n in {names} if n in sys.modules])") == "[]"
