@@ -167,6 +167,10 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    weights = options.weights / "model.safetensors" if options.weights.is_dir() else options.weights
+    if not weights.is_file():
+        hint = " (is the training done?)" if options.weights.is_dir() else ""
+        raise FileNotFoundError(f"no weights at {weights}{hint}")
     from safetensors import safe_open
 
     from .data import open_dataset, validate_protocol
@@ -174,10 +178,6 @@ def _eval(options: argparse.Namespace) -> None:
     from .models import create_model
     from .retrieval import evaluate, extract
 
-    weights = options.weights / "model.safetensors" if options.weights.is_dir() else options.weights
-    if not weights.is_file():
-        hint = " (is the training done?)" if options.weights.is_dir() else ""
-        raise FileNotFoundError(f"no weights at {weights}{hint}")
     dataset = open_dataset(options.data)
     splits = {"query": dataset.query, "gallery": dataset.gallery}
     for name, split in splits.items():
@@ -258,12 +258,12 @@ def _feature_file(folder: Path, split: str) -> Path:
 
 
 def _view(options: argparse.Namespace) -> None:
+    if not options.features.is_dir():
+        raise FileNotFoundError(f"no such folder of features: {options.features} (reid3d eval writes one)")
     from .data import open_dataset
     from .retrieval import Features, search
     from .viewer import view
 
-    if not options.features.is_dir():
-        raise FileNotFoundError(f"no such folder of features: {options.features} (reid3d eval writes one)")
     query, gallery = (Features.load(_feature_file(options.features, split)) for split in ("query", "gallery"))
     dataset = open_dataset(options.data) if options.data else None
     ranks = search(query, gallery, cross_camera=True)

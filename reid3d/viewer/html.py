@@ -85,10 +85,10 @@ class _Page:
 
     def __init__(self) -> None:
         self.clouds: list[dict[str, Any]] = []
-        self._number: dict[tuple[int, int], int] = {}
+        self._number: dict[tuple[str, str], int] = {}
 
     def number(self, source: _Source, i: int) -> int:
-        key = (id(source), i)
+        key = (source.split.name, source.features.names[i])
         if key not in self._number:
             self._number[key] = len(self.clouds)
             self.clouds.append(encode_cloud(*source[i]))
@@ -122,18 +122,22 @@ def _result(ranks: Ranks) -> Result | None:
 
 
 def _choose(result: Result | None, available: int, queries: int) -> dict[int, list[str]]:
-    """{query: the groups it is shown in}, in the order of the page."""
+    """{query: the groups it is shown in}, in the order of the page; as many queries as wanted, or all there are."""
     queries = min(queries, available)
-    scored = np.flatnonzero(result.per_query.rank > 0) if result else np.empty(0, np.int64)
-    third = min(queries // 3, len(scored))
-    chosen: dict[int, list[str]] = {}
-    drawn = np.random.default_rng(0).choice(available, queries - 2 * third, replace=False)
-    groups = {"random": np.sort(drawn)}
+    groups: dict[str, list[int]] = {"random": [], "worst": [], "best": []}
     if result:
-        ascending = scored[np.argsort(result.per_query.ap[scored], kind="stable")]
-        groups["worst"], groups["best"] = ascending[:third], ascending[::-1][:third]
+        scored = np.flatnonzero(result.per_query.rank > 0)
+        ascending = scored[np.argsort(result.per_query.ap[scored], kind="stable")].tolist()
+        groups["worst"], groups["best"] = ascending[: queries // 3], ascending[::-1][: queries // 3]
+    shown = {*groups["worst"], *groups["best"]}
+    for i in np.random.default_rng(0).permutation(available).tolist():
+        if len(shown) == queries:
+            break
+        shown.add(i)
+        groups["random"].append(i)
+    chosen: dict[int, list[str]] = {}
     for group, members in groups.items():
-        for i in members.tolist():
+        for i in sorted(members) if group == "random" else members:
             chosen.setdefault(i, []).append(group)
     return chosen
 

@@ -1,0 +1,299 @@
+"""The command line: what each command reads and writes, exit codes, and one-line errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors import safe_open
+
+import reid3d
+from reid3d import cli
+from reid3d.models import create_model, save_weights
+from tests.capsules import write_capsules
+
+COMMANDS = ["synth", "convert", "train", "eval", "view", "doctor"]
+SMALL = {"init_points": 128, "k": 8}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_capsules(tmp_path_factory.mktemp("cli") / "clouds", ids=4)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder as training leaves it."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    folder.mkdir()
+    save_weights(create_model("ognet_small", **SMALL), folder / "model.safetensors", trained_on='{"points": 200}')
+    return folder
+
+
+def call(capsys, *argv) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command line run in this process."""
+    try:
+        code = cli.main([str(word) for word in argv])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def one_error(err: str) -> str:
+    """The last and only line of an error."""
+    assert "Traceback" not in err
+    *progress, line = err.strip().splitlines()
+    assert line.startswith("reid3d: error: ") and not any("error" in other for other in progress)
+    return line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_shows_the_defaults(command, capsys):
+    code, out, _ = call(capsys, command, "--help")
+    assert code == 0 and f"reid3d {command}" in out
+    for option in [line.split()[0] for line in out.splitlines() if line.startswith("  --")]:
+        if option not in ("--json", "--recipe", "--data", "--out", "--model", "--cloud", "--train"):
+            help = " ".join(out.split()).split(f" {option} ")[-1]
+            assert "default: " in help, option
+
+
+def test_help_and_version(capsys):
+    code, out, _ = call(capsys, "--help")
+    assert code == 0 and all(f"    {command} " in out for command in COMMANDS)
+    assert call(capsys, "--version") == (0, f"reid3d {reid3d.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "a command is needed: synth, convert, train, eval, view, doctor"),
+        (["evaluate"], "invalid choice: 'evaluate'"),
+        (["synth"], "the following arguments are required: OUT"),
+        (["synth", "out", "--ids", "0"], "argument --ids: must be a whole number of at least 1, got '0'"),
+        (["synth", "out", "--seed", "-1"], "argument --seed: must be a whole number of at least 0, got '-1'"),
+        (["synth", "out", "--cams", "3.5"], "argument --cams: must be a whole number of at least 1, got '3.5'"),
+        (["convert", "src"], "the following arguments are required: OUT"),
+        (["eval", "run", "data", "--ap", "coco"], "argument --ap: invalid choice: 'coco'"),
+        (["eval", "run", "data", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["eval", "run", "data", "--feat", "x"], "unrecognized arguments: --feat x"),
+        (["doctor", "now"], "unrecognized arguments: now"),
+        (["train", "--data", "d"], "out"),
+        (["train", "no-recipe", "--data", "d", "--out", "o"], "no-recipe"),
+        (["train", "--data", "d", "--out", "o", "--train.lrr", "1"], "train.lrr"),
+        (["train", "--data", "d", "--out", "o", "--train.epochs", "many"], "train.epochs"),
+        (["train", "--data", "d", "--out", "o", "--train.epochs", "0"], "train.epochs must be positive, got 0"),
+        (["train", "--data", "d", "--out", "o", "stray"], "stray"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1 and message in one_error(err) and "--help)" in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_eval_and_view(run, data, capsys, tmp_path):
+    code, out, err = call(capsys, "eval", run, data, "--ap", "mean", "--json", tmp_path / "new" / "eval.json")
+    assert code == 0, err
+    figures = json.loads((tmp_path / "new" / "eval.json").read_text())
+    assert f"Rank-1 {figures['rank1']:13.2%}" in out and f"mAP (mean) {figures['mAP']:9.2%}" in out
+    assert f"chance {figures['chance_rank1']:6.2%}" in out and f"chance {figures['chance_mAP']:6.2%}" in out
+    assert "4 of 4 queries have a match in the gallery of 5" in out
+    assert figures["ap"] == "mean" and figures["points"] == 200 and figures["num_gallery"] == 5
+    assert 0 < figures["chance_rank1"] < figures["chance_mAP"] < 1
+
+    features = run / "features"
+    assert sorted(os.listdir(features)) == ["gallery.safetensors", "query.safetensors"]
+    with safe_open(features / "query.safetensors", framework="numpy") as file:
+        assert file.metadata()["format"] == "reid3d-features-1" and file.get_tensor("feats").shape == (4, 512)
+
+    page = tmp_path / "page.html"
+    code, out, err = call(capsys, "view", features, "--out", page, "--queries", "3")
+    assert (code, out) == (0, f"{page}\n")
+    assert page.read_text().count("<section") == 3
+    moved = data.rename(data.with_name("moved"))
+    try:
+        code, _, err = call(capsys, "view", features, "--out", tmp_path / "other.html")
+        assert code == 1 and "no such folder" in one_error(err)
+        assert call(capsys, "view", features, "--out", tmp_path / "other.html", "--data", moved)[0] == 0
+    finally:
+        moved.rename(data)
+
+
+def test_eval_of_a_weights_file_with_other_options(run, data, capsys, tmp_path):
+    weights = run / "model.safetensors"
+    argv = ("eval", weights, data, "--features", tmp_path / "f", "--points", "128", "--batch", "3", "--device", "cpu")
+    code, out, _ = call(capsys, *argv)
+    assert code == 0 and f"features: {tmp_path / 'f'}" in out and "mAP (market)" in out
+    assert sorted(os.listdir(tmp_path / "f")) == ["gallery.safetensors", "query.safetensors"]
+
+
+def test_train_reads_recipe_and_overrides_in_order(data, capsys, tmp_path, monkeypatch):
+    seen = []
+
+    def train(config):
+        seen.append(config)
+        run = tmp_path / "run"
+        run.mkdir(exist_ok=True)
+        (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2, "loss": 0.5}\n')
+        return run
+
+    monkeypatch.setattr("reid3d.train.train", train)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("train: {epochs: 7, lr: 0.5}\n")
+    argv = (
+        "train",
+        recipe,
+        "--data",
+        data,
+        "--train.lr",
+        "1e-3",
+        "--json",
+        tmp_path / "t.json",
+        "--out",
+        tmp_path / "run",
+    )
+    code, out, err = call(capsys, *argv)
+    assert (code, out) == (0, f"{tmp_path / 'run'}\n"), err
+    (config,) = seen
+    assert (config.data, config.out) == (str(data), str(tmp_path / "run"))
+    assert (config.train.epochs, config.train.lr) == (7, 1e-3)
+    assert json.loads((tmp_path / "t.json").read_text()) == {"run": str(tmp_path / "run"), "epoch": 2, "loss": 0.5}
+    assert call(capsys, "train", "--data", data, "--out", "x")[0] == 0
+    assert seen[1].train.epochs == 1000
+
+
+def test_synth_and_convert_hand_their_options_on(capsys, tmp_path, monkeypatch):
+    import reid3d.preprocess.convert
+    import reid3d.preprocess.synth
+
+    calls = []
+    monkeypatch.setattr(reid3d.preprocess.synth, "synth", lambda *a, **k: calls.append((a, k)) or a[0])
+    report = reid3d.preprocess.convert.Report(3, 0, 0, 1.5)
+    monkeypatch.setattr(reid3d.preprocess.convert, "convert_folder", lambda *a, **k: calls.append((a, k)) or report)
+    out = tmp_path / "people"
+    assert call(capsys, "synth", out, "--ids", "8", "--seed", "3") == (0, f"{out}\n", "")
+    code, text, _ = call(capsys, "convert", out, tmp_path / "clouds", "--height", "256", "--width", "128")
+    assert code == 0 and "3 clouds written" in text
+    assert calls == [
+        ((out,), {"ids": 8, "cams": 4, "images": 4, "seed": 3}),
+        ((out, tmp_path / "clouds"), {"size": (256, 128), "batch": 64, "shard_size": 1024}),
+    ]
+
+
+def test_doctor(capsys, tmp_path):
+    code, out, _ = call(capsys, "doctor", "--json", tmp_path / "doctor.json")
+    assert code == 0 and "torch" in out
+    assert json.loads((tmp_path / "doctor.json").read_text())
+
+
+def test_inputs_that_are_not_there_or_not_of_that_kind(run, data, capsys, tmp_path):
+    file, empty = tmp_path / "file", tmp_path / "empty"
+    file.write_text("x")
+    empty.mkdir()
+    none = tmp_path / "none"
+    cases = [
+        (["eval", none, data], "no weights at"),
+        (["eval", empty, data], "model.safetensors (is the training done?)"),
+        (["eval", file, data], "weights must be a safetensors file"),
+        (["eval", run, none], "no such folder"),
+        (["eval", run, file], "no such folder"),
+        (["eval", run, empty], "holds no cloud shards"),
+        (["eval", run, data, "--features", file], "File exists"),
+        (["eval", run, data, "--device", "abacus"], "abacus"),
+        (["view", none], "no such folder of features"),
+        (["view", file], "no such folder of features"),
+        (["view", empty], "no such feature file"),
+        (["convert", none, tmp_path / "out"], str(none)),
+        (["convert", empty, tmp_path / "out"], str(empty)),
+        (["synth", file], str(file)),
+        (["train", "--data", none, "--out", tmp_path / "run"], str(none)),
+    ]
+    for argv, message in cases:
+        code, out, err = call(capsys, *argv)
+        assert (code, out) == (1, ""), argv
+        assert message in one_error(err), argv
+
+
+def test_a_data_set_without_query(run, capsys, tmp_path):
+    root = write_capsules(tmp_path / "clouds", ids=2)
+    code, _, err = call(capsys, "eval", run, root)  # two people: both splits hold one of them
+    assert code == 0
+    for path in root.glob("query*"):
+        path.unlink()
+    code, _, err = call(capsys, "eval", run, root)
+    assert code == 1 and "has no query clouds" in one_error(err)
+
+
+def test_queries_without_a_match_are_named_before_any_work(run, capsys, tmp_path):
+    code, _, err = call(capsys, "eval", run, write_capsules(tmp_path / "clouds", ids=2, cams=1))
+    assert code == 1 and "1 of 1 queries have no match from another camera in the gallery: query/0002" in one_error(err)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "reid3d: interrupted; run the same command again to go on"),
+        (OSError(28, "No space left on device", "x.json"), 1, "reid3d: error: No space left on device: x.json"),
+        (RuntimeError("out of memory\nadvice\n"), 1, "reid3d: error: out of memory"),
+        (ValueError("a\n  b"), 1, "reid3d: error: a b"),
+        (MemoryError(), 1, "reid3d: error: MemoryError"),
+    ],
+)
+def test_failures_are_one_line(error, code, line, capsys, monkeypatch):
+    def fail(options):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", fail)
+    assert call(capsys, "doctor") == (code, "", line + "\n")
+    monkeypatch.setenv("REID3D_DEBUG", "1")
+    with pytest.raises(type(error)):
+        cli.main(["doctor"])
+
+
+def test_our_own_bugs_keep_their_traceback(monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "doctor", lambda options: {}["missing"])
+    with pytest.raises(KeyError):
+        cli.main(["doctor"])
+
+
+def command(*argv, **more) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "reid3d", *map(str, argv)], capture_output=True, text=True, **more)
+
+
+def test_as_a_program(tmp_path):
+    assert command("--version").stdout == f"reid3d {reid3d.__version__}\n"
+    missing = command("view", tmp_path / "none")
+    assert (missing.returncode, missing.stdout) == (1, "") and one_error(missing.stderr)
+    assert command("eval").returncode == 2
+    shown = command("view", tmp_path / "none", env={**os.environ, "REID3D_DEBUG": "1"})
+    assert shown.returncode == 1 and "Traceback" in shown.stderr
+
+
+def test_help_loads_no_dependency():
+    code = (
+        "import sys\nfrom reid3d.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "jsonargparse", "PIL", "tqdm", "safetensors"} & set(loaded)
+
+
+def test_ctrl_c(tmp_path):
+    """An interrupt while a command works: 130, the hint, no traceback."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import sys, time\nfrom reid3d import cli\n"
+        "def slow(options):\n    print('working', flush=True)\n    time.sleep(60)\n"
+        "cli.COMMANDS['doctor'] = slow\nsys.exit(cli.main(['doctor']))\n"
+    )
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "working\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err == "reid3d: interrupted; run the same command again to go on\n"
