@@ -26,6 +26,7 @@ from .head import Head, Output
 SLOPE = 0.2  # of every LeakyReLU
 BALLS = ((0.1, 8), (0.2, 16), (0.4, 32))  # radius in metres and points kept, the same at every stage
 EMBEDDING = 512
+PAIRS = 1 << 22  # numbers in a tensor over pairs of points, about
 
 
 class FoldedNorm(nn.BatchNorm1d):
@@ -106,7 +107,7 @@ class Gate(nn.Module):
         self.expand = nn.Linear(hidden, channels)
 
     def forward(self, h: Tensor) -> Tensor:
-        return h * self.expand(F.silu(self.reduce(h))).sigmoid_()
+        return h * self.expand(F.silu(self.reduce(h))).sigmoid()
 
 
 class _MaxAndPower(torch.autograd.Function):
@@ -142,37 +143,52 @@ class Branch(nn.Module):
 
     def forward(self, centers: Tensor, xyz: Tensor, h: Tensor) -> Tensor:
         """centers (B, M, 3), xyz (B, N, 3), h (B, N, C) -> (B, M, C)."""
-        rows = _rows(ops.ball_query(centers, xyz, self.radius, self.k), xyz.shape[1])
+        idx = ops.ball_query(centers, xyz, self.radius, self.k)
         w_xyz, w_h = self.linear1.weight.split((3, h.shape[2]), dim=1)
-        a = (F.linear(xyz, w_xyz) + F.linear(h, w_h)).flatten(0, 1)
-        d = -F.linear(centers, w_xyz).flatten(0, 1)
+        a = F.linear(xyz, w_xyz) + F.linear(h, w_h)
+        d = -F.linear(centers, w_xyz)
         if self.training:
             # As in EdgeConv, but D_c is linear in the centre, so cov(A_j, D_c) needs of each point only the sum of the
             # centres of the balls it lies in: three numbers, without a gradient.
-            degree, all_d = _degree(rows, a), d.mean(0)
-            all_a = degree @ a
+            rows, flat_a = _rows(idx, xyz.shape[1]), a.flatten(0, 1)
+            degree, all_d = _degree(rows, flat_a), d.mean((0, 1))
+            all_a = degree @ flat_a
             dev_c = centers.flatten(0, 1) - centers.mean((0, 1))
             owners = torch.zeros_like(xyz).flatten(0, 1)
             owners.index_add_(0, rows.flatten(), dev_c.repeat_interleave(self.k, 0) / rows.numel())
-            cov = -((a - all_a) * F.linear(owners, w_xyz)).sum(0)
-            var = degree @ (a - all_a).square() + (d - all_d).square().mean(0) + 2 * cov
+            cov = -((flat_a - all_a) * F.linear(owners, w_xyz)).sum(0)
+            var = degree @ (flat_a - all_a).square() + (d - all_d).square().mean((0, 1)) + 2 * cov
             scale, shift = self.norm1.fold(all_a + all_d, var, rows.numel())
         else:
             scale, shift = self.norm1.fold()
-        pairs = F.embedding(rows, a * scale) + (d * scale + shift).unsqueeze(1)
-        return self._pool(self.gate(pairs)).unflatten(0, centers.shape[:2])
-
-    def _pool(self, pairs: Tensor) -> Tensor:
-        """The second half, from Linear to max: (B*M, k, C/2) -> (B*M, C)."""
-        weight, sign = self.linear2.weight, self.norm2.signs()
-        signed = sign.unsqueeze(1) * weight
-        if not self.training:
+        # A few clouds at a time: tensors of this size stay in the cache, and the C library keeps their memory, where
+        # larger ones are mapped from and returned to the system at each use.
+        clouds = max(1, PAIRS // (idx[0].numel() * h.shape[2])) if len(idx) else 1
+        groups = zip((a * scale).split(clouds), (d * scale + shift).split(clouds), idx.split(clouds), strict=True)
+        largest, *moments = (list(part) for part in zip(*(self._balls(*group) for group in groups), strict=True))
+        if self.training:
+            share = h.new_tensor([len(part) for part in largest]).unsqueeze(1) / len(h)
+            means, variances = (torch.stack(part) for part in moments)
+            mean = (share * means).sum(0)
+            var = (share * (variances + (means - mean).square())).sum(0)
+            scale, shift = self.norm2.fold(mean, var, idx.numel())
+        else:
             scale, shift = self.norm2.fold()
-            return F.relu(F.linear(pairs, signed).amax(1) * (sign * scale) + shift)
+        return F.relu(torch.cat(largest) * (self.norm2.signs() * scale) + shift)
+
+    def _balls(self, a: Tensor, d: Tensor, idx: Tensor) -> tuple[Tensor, ...]:
+        """Gate -> Linear on the pairs A_j + D_c of some clouds, times the sign of norm2's scale -> max over each ball.
+
+        Returns the maximum (B, M, C) and, in training mode, without that sign, mean and variance over all pairs (C).
+        """
+        pairs = self.gate(F.embedding(_rows(idx, a.shape[1]), a.flatten(0, 1)) + d.flatten(0, 1).unsqueeze(1))
+        sign = self.norm2.signs()
+        weight = sign.unsqueeze(1) * self.linear2.weight
+        if not self.training:
+            return (F.linear(pairs, weight).amax(1).unflatten(0, idx.shape[:2]),)
         mean = F.linear(pairs.mean((0, 1)), weight)
-        largest, var = _MaxAndPower.apply(F.linear(pairs, signed, -sign * mean))  # about the mean
-        scale, shift = self.norm2.fold(mean, var, pairs.shape[0] * self.k)
-        return F.relu((sign * largest + mean) * scale + shift)
+        largest, var = _MaxAndPower.apply(F.linear(pairs, weight, -mean))  # about the mean, so that nothing cancels
+        return (largest + mean).unflatten(0, idx.shape[:2]), sign * mean, var
 
 
 class SetAbstraction(nn.Module):

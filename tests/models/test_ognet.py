@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from reid3d.models import ognet as module
 from reid3d.models.head import Output
 from reid3d.models.ognet import OGNet, ognet, ognet_deep, ognet_small
 
@@ -52,8 +53,9 @@ def test_eval_agrees_with_the_book(kind):
     torch.testing.assert_close(model(xyz, rgb), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["plain", "deep"])
-def test_training_agrees_with_the_book(kind):
+@pytest.mark.parametrize(("kind", "at_once"), [("plain", 1 << 22), ("deep", 1 << 22), ("plain", 1 << 13)])
+def test_training_agrees_with_the_book(kind, at_once, monkeypatch):
+    monkeypatch.setattr(module, "PAIRS", at_once)  # 1 << 13: one cloud, two, or all three at a time
     model = build(kind).train()
     xyz, rgb = clouds(3, 70)
     rgb.requires_grad_()
