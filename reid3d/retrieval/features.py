@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ..data import CloudSplit
 
 FORMAT = "reid3d-features-1"
+SECONDS_BETWEEN_LINES = 20.0  # of progress, when stderr is not a terminal
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,10 +126,9 @@ def extract(
     where = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     loader = DataLoader(split, batch_size=batch, num_workers=workers, pin_memory=where.type == "cuda")
     feats: list[torch.Tensor] = []
-    every = 0.1 if sys.stderr.isatty() else 30.0
-    bar = tqdm(
-        total=len(split), desc=f"features of {split.name}", unit="cloud", disable=not progress, mininterval=every
-    )
+    terminal = sys.stderr.isatty()
+    bar = tqdm(total=len(split), desc=f"features of {split.name}", unit="cloud", disable=not (progress and terminal))
+    done, reported = 0, time.monotonic()
     mode = model.training
     model.eval()
     try:
@@ -137,6 +138,10 @@ def extract(
                 total = torch.stack([model(scale * xyz, rgb) for scale in scales]).sum(0)
                 feats.append(nn.functional.normalize(total.float(), dim=1).cpu())
                 bar.update(len(xyz))
+                done += len(xyz)
+                if progress and not terminal and time.monotonic() - reported > SECONDS_BETWEEN_LINES:
+                    reported = time.monotonic()
+                    print(f"features of {done} of {len(split)} {split.name} clouds", file=sys.stderr, flush=True)
     finally:
         model.train(mode)
     return Features(
