@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_int, check_points, check_same_cloud_batch
-from .knn import BLOCK, squared_distances
+from .knn import query_blocks, squared_distances
 
 
 def ball_query(centers: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
@@ -43,11 +43,11 @@ def ball_query(centers: Tensor, points: Tensor, radius: float, k: int) -> Tensor
 
 def ball_query_reference(centers: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
     """`ball_query` in plain torch, for float32 and float64."""
-    B, N, _ = points.shape
+    N = points.shape[1]
     radius2 = torch.tensor(radius, dtype=points.dtype, device=points.device).square()
     order = torch.arange(N, device=points.device)
     blocks = []
-    for block in centers.split(max(1, BLOCK // max(1, B * N)), dim=1):
+    for block in query_blocks(centers, points):
         hits = torch.where(squared_distances(block, points) < radius2, order, N)
         hits = hits.topk(min(k, N), largest=False).values
         blocks.append(torch.nn.functional.pad(hits, (0, k - hits.shape[2]), value=N))

@@ -7,9 +7,6 @@ from torch import Tensor
 
 from .arguments import check_int, check_points, check_same_cloud_batch
 
-# The reference works on blocks of queries so that no more than this many pairs are held at a time.
-BLOCK = 1 << 22
-
 
 class KNN(NamedTuple):
     """Neighbours of every query: `dist2` (B,M,k) squared distances, ascending; `idx` (B,M,k) int64 into points."""
@@ -59,6 +56,12 @@ def squared_distances(query: Tensor, points: Tensor) -> Tensor:
     return acc.nan_to_num_(nan=torch.inf, posinf=torch.inf)
 
 
+def query_blocks(query: Tensor, points: Tensor) -> tuple[Tensor, ...]:
+    """query in pieces (B,·,D) small enough for a matrix of distances: in cache on the CPU, in memory elsewhere."""
+    pairs = 1 << 16 if query.device.type == "cpu" else 1 << 24
+    return query.split(max(1, pairs // max(1, points.shape[0] * points.shape[1])), dim=1)
+
+
 def _smallest(dist2: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k smallest of the last dimension in ascending order, equal values in index order."""
     if dist2.dtype == torch.float64:
@@ -74,8 +77,7 @@ def _smallest(dist2: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def knn_reference(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`knn` in plain torch, for float32 and float64: oracle of the tests, and the kernel where none was compiled."""
-    rows = max(1, BLOCK // max(1, points.shape[0] * points.shape[1]))
-    blocks = [_smallest(squared_distances(q, points), k) for q in query.split(rows, dim=1)]
+    blocks = [_smallest(squared_distances(block, points), k) for block in query_blocks(query, points)]
     return torch.cat([dist2 for dist2, _ in blocks], dim=1), torch.cat([idx for _, idx in blocks], dim=1)
 
 
