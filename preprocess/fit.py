@@ -67,8 +67,8 @@ class Fitter(nn.Module):
             raise ValueError(f"images must be (B, H, W, 3), got {tuple(images.shape)}")
         height, width = images.shape[1:3]
         # The regressor saw crops of 2:1, so make them that, with the border's colours: narrow ones get wider, wide ones
-        # taller by a quarter at most (it saw people that small) and lose columns beyond. A camera counts from the crop's
-        # centre in half heights, so the width does not matter to it and added height scales it.
+        # taller by a quarter at most (it saw people that small) and lose columns beyond. A camera counts from the
+        # crop's centre in half heights, so the width does not matter to it and added height scales it.
         tall = min(max(height, 2 * width), height * 5 // 4)
         wide = (tall + 1) // 2
         left, top = (wide - width) // 2, (tall - height) // 2  # negative: cut off

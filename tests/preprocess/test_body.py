@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from reid3d.preprocess.body import (
     JOINT_NAMES,
     axis_angle_to_matrix,

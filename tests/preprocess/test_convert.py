@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reid3d.preprocess import convert as module
-from reid3d.preprocess.convert import Report, convert, convert_folder, fit_crops
 from torch import nn
 
 from reid3d.data import open_dataset
 from reid3d.io import Shard
+from reid3d.preprocess import convert as module
+from reid3d.preprocess.convert import Report, convert, convert_folder, fit_crops
 
 V = 8
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from reid3d.preprocess import train_fitter
 from reid3d.preprocess.body import axis_angle_to_matrix, load_body
 from reid3d.preprocess.fit import Fitter
@@ -22,7 +24,6 @@ from reid3d.preprocess.train_fitter import (
     procrustes,
     train,
 )
-from safetensors.torch import load_file, save_file
 
 ASSETS = files("reid3d.preprocess") / "assets"
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from reid3d.preprocess.body import axis_angle_to_matrix, load_body, vertex_normals
 from reid3d.preprocess.camera import project, unproject_pixels
 from reid3d.preprocess.mapping import DEPTH_TOLERANCE, map_images

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from reid3d.preprocess.body import load_body
 from reid3d.preprocess.camera import project
 from reid3d.preprocess.synth import synth

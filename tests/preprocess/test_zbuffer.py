@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from reid3d.preprocess.body import load_body
 from reid3d.preprocess.zbuffer import barycentric, rasterize
 
