@@ -27,3 +27,12 @@ def unproject_pixels(cam: Tensor, depth: Tensor, height: int, width: int) -> Ten
     pixel = torch.stack([x, y], -1).flatten(0, 1) - cam.new_tensor([width / 2, height / 2])
     xy = pixel / (cam[:, None, :1] * height / 2) - cam[:, None, 1:]
     return torch.cat([xy, depth[:, None, None].expand(-1, xy.shape[1], 1)], -1)
+
+
+def check_images(images: Tensor) -> tuple[int, int]:
+    """Height and width of a batch of crops; TypeError or ValueError unless it is (B,H,W,3) uint8."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, got {images.dtype}")
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images must be (B, H, W, 3), got {tuple(images.shape)}")
+    return images.shape[1], images.shape[2]

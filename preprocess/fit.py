@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .body import load_body
+from .camera import check_images
 from .hmr import INPUT_SIZE, Regressor
 
 WEIGHTS = "fitter.safetensors"
@@ -61,11 +62,7 @@ class Fitter(nn.Module):
             TypeError: images are not uint8.
             ValueError: images are not (B,H,W,3).
         """
-        if images.dtype != torch.uint8:
-            raise TypeError(f"images must be uint8, got {images.dtype}")
-        if images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images must be (B, H, W, 3), got {tuple(images.shape)}")
-        height, width = images.shape[1:3]
+        height, width = check_images(images)
         # The regressor saw crops of 2:1, so make them that, with the border's colours: narrow ones get wider, wide ones
         # taller by a quarter at most (it saw people that small) and lose columns beyond. A camera counts from the
         # crop's centre in half heights, so the width does not matter to it and added height scales it.

@@ -15,7 +15,7 @@ from torch import Tensor
 from reid3d.cloud import PointCloud
 
 from .body import vertex_normals
-from .camera import project, unproject_pixels
+from .camera import check_images, project, unproject_pixels
 from .zbuffer import rasterize
 
 DEPTH_TOLERANCE = 0.02  # metres
@@ -60,11 +60,7 @@ def map_images(images: Tensor, verts: Tensor, cam: Tensor, faces: Tensor) -> lis
         TypeError: images are not uint8.
         ValueError: images are not (B,H,W,3).
     """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8, got {images.dtype}")
-    if images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images must be (B, H, W, 3), got {tuple(images.shape)}")
-    height, width = images.shape[1:3]
+    height, width = check_images(images)
     vertex = visible_vertices(project(verts, cam, height, width), verts, faces, height, width)
     plane = unproject_pixels(cam, verts[..., 2].mean(1), height, width)
     clouds = []
