@@ -6,6 +6,9 @@ READY := $(VENV)/reid3d-ready
 SOURCES := setup.py pyproject.toml constraints-cpu.txt CMakeLists.txt $(wildcard csrc/*.h csrc/*/*)
 PIP := $(BIN)/python -m pip install -q -c constraints-cpu.txt
 
+# OpenMP threads that wait by spinning are several times slower as soon as anything else runs on the machine.
+demo test: export OMP_WAIT_POLICY = passive
+
 .PHONY: demo test bench lint clean
 .DELETE_ON_ERROR:
 
