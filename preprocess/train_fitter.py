@@ -257,7 +257,14 @@ def main(argv: list[str] | None = None) -> None:
         {k: v.float() if v.is_floating_point() else v for k, v in load_file(args.out / WEIGHTS).items()}
     )
     measured = evaluate(model, args.held_out, workers=args.workers)
-    figures = {"recipe": asdict(recipe), "torch": str(torch.__version__), "held_out_first_seed": HELD_OUT, **measured}
+    command = " ".join([parser.prog, *(f"--{k.replace('_', '-')} {v}" for k, v in asdict(recipe).items())])
+    figures = {
+        "command": command,
+        "recipe": asdict(recipe),
+        "torch": str(torch.__version__),
+        "held_out_first_seed": HELD_OUT,
+        **measured,
+    }
     save_atomically(args.out / "fitter.json", lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
     print(json.dumps(figures))
 
