@@ -1,8 +1,8 @@
 """RGB-to-vertex mapping: a crop and its fitted body become one coloured point for every pixel.
 
 A body vertex takes the colour of its pixel when the camera sees it: its normal is turned towards the camera, it lies
-within 2 cm of the triangle z-buffer, and it is the nearest such vertex of the pixel. Every pixel that colours no vertex
-becomes a background point, put on the plane parallel to the image at the mean depth of the body.
+within 2 cm of the triangle z-buffer at the pixel's centre, and it is the nearest such vertex of the pixel. Every pixel
+that colours no vertex becomes a background point, on the plane parallel to the image at the mean depth of the body.
 
 Source: Zheng et al., "Parameter-Efficient Person Re-identification in the 3D Space", 2022, section III-A. The published
 code z-buffers the vertices alone and then peels edges, which colours hidden vertices where the mesh is coarser than the
@@ -35,7 +35,8 @@ def visible_vertices(points: Tensor, verts: Tensor, faces: Tensor, height: int, 
     pixel = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
     surface = rasterize(points, faces, height, width).depth.flatten(1).gather(1, pixel)
     facing = vertex_normals(verts, faces)[..., 2] < 0
-    seen = inside & facing & (verts[..., 2] <= surface + DEPTH_TOLERANCE)
+    # Where the centre of the pixel sees no face the buffer is empty: the vertex is on the rim, the pixel mostly street.
+    seen = inside & facing & surface.isfinite() & (verts[..., 2] <= surface + DEPTH_TOLERANCE)
     # Rank vertices by depth within each body: the lowest rank of a pixel is its nearest vertex, ties to the lower one.
     order = torch.argsort(verts[..., 2], dim=1, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(count, device=order.device).expand(batch, -1))

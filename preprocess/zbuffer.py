@@ -20,9 +20,9 @@ def _cross(o: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def rasterize(points: Tensor, faces: Tensor, height: int, width: int) -> Fragments:
     """The nearest front face behind each pixel centre.
 
-    A face is in front if its corners turn clockwise on the screen (y down), as those of a mesh do that is
-    counter-clockwise seen from outside and in the camera frame of the clouds. A centre on an edge belongs to both
-    faces; of faces at the same depth the lower index wins. Depth is interpolated linearly on the screen.
+    A face is in front if its corners turn counter-clockwise as one looks at the image, which is how the corners of a
+    mesh turn that are counter-clockwise seen from outside. A centre on an edge belongs to both faces; of faces at the
+    same depth the lower index wins. Depth is interpolated linearly on the screen.
 
     Args:
         points: (B,V,3) pixel position x, y and depth z, smaller is nearer; may lie outside the image.
@@ -68,5 +68,5 @@ def barycentric(corners: Tensor, pixel: Tensor) -> Tensor:
     """Barycentric coordinates (P,3) on the screen of positions pixel (P,2) in triangles corners (P,3,>=2)."""
     a, b, c = corners.unbind(1)
     area = _cross(a, b, c)
-    u, v = _cross(pixel, b, c) / area, _cross(pixel, c, a) / area
-    return torch.stack([u, v, 1 - u - v], -1)
+    # Each from its own edge, not the third as the rest: faces that share an edge then leave no crack along it.
+    return torch.stack([_cross(pixel, b, c), _cross(pixel, c, a), _cross(pixel, a, b)], -1) / area[..., None]

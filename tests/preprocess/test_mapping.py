@@ -51,7 +51,7 @@ def test_mapping_matches_a_loop_over_vertices(scene) -> None:
             j, i = points[b, v, :2].floor().int().tolist()
             if not (0 <= i < HEIGHT and 0 <= j < WIDTH) or normals[b, v, 2] >= 0:
                 continue
-            if verts[b, v, 2] > depth[b, i, j] + DEPTH_TOLERANCE:
+            if torch.isinf(depth[b, i, j]) or verts[b, v, 2] > depth[b, i, j] + DEPTH_TOLERANCE:
                 continue
             if (i, j) not in owner or verts[b, v, 2] < verts[b, owner[i, j], 2]:
                 owner[i, j] = v

@@ -55,7 +55,7 @@ def test_body_matches_the_loop() -> None:
 
 
 def test_faces_turned_away_are_not_seen() -> None:
-    points = torch.tensor([[[0.0, 0, 1], [0, 8, 1], [8, 0, 1]]])  # clockwise seen with y down? by hand: area < 0
+    points = torch.tensor([[[0.0, 0, 1], [0, 8, 1], [8, 0, 1]]])  # down, then right: counter-clockwise as one looks
     assert (rasterize(points, torch.tensor([[0, 1, 2]]), 8, 8).face >= 0).any()
     assert (rasterize(points, torch.tensor([[0, 2, 1]]), 8, 8).face < 0).all()
 
