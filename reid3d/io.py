@@ -9,6 +9,7 @@ a shard exists exactly when its manifest does.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -95,6 +96,20 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError) and error.errno:  # a failed write() does not know the file's name
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+@contextmanager
+def hold_folder(folder: str | Path, other: str) -> Iterator[None]:
+    """Hold a folder for this process; the system lets go of it however the process ends.
+
+    Raises: BlockingIOError, saying that `other` ("another conversion") is writing there, when a process holds it.
+    """
+    with open(Path(folder) / ".lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{other} is writing into {folder}") from None
+        yield
 
 
 def manifest_path(path: str | Path) -> Path:

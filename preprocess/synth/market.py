@@ -1,11 +1,11 @@
 """Writes synthetic people as a data set in the layout and file naming of Market-1501."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil, pi
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +13,14 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from reid3d.io import atomic_write, hold_folder
+
 from .people import People, normal, sample_people, sample_poses, uniform
 from .render import HEIGHT, WIDTH, Renderer, Truth, Views, sample_backgrounds, sample_views
 
 FORMAT = "reid3d-synth-1"
+NOTE = "synth.json"
+FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 FRAME_RATE = 25
 PANORAMA = 384  # pixels of background that a camera pans over
 
@@ -93,7 +97,6 @@ def film(
         distance=(base.distance * near[camera]).clamp(min=3.5),
         fill=(0.92 + normal(generator, n, 0.035)).clamp(0.78, 1.05),
         shift=normal(generator, (n, 2)) * torch.tensor([0.04, 0.02]),
-        ambient=base.ambient,
         exposure=base.exposure * (1 + normal(generator, n, 0.04)),
         occluder=torch.where(hidden[:, None, None], random.occluder, torch.zeros(())),
     )
@@ -151,15 +154,31 @@ def select(crops: Crops, keep: Tensor) -> Crops:
     )
 
 
-def replace_file(path: Path, write) -> None:
-    """Write a file under a temporary name of this process, then give it its own."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def claim(out: Path, plan: dict[str, Any]) -> bool:
+    """Make `out` the folder of this plan, or see that it is; whether it is complete.
+
+    The note comes before any other file, so that a run that was stopped is known by it.
+    """
+    note = out / NOTE
+    if note.exists():
+        try:
+            found = json.loads(note.read_text())
+            same, complete = {k: found[k] for k in plan} == plan, bool(found["complete"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"out must be empty or made by the same command, but {note} is no note of synth"
+            ) from error
+        if not same:
+            raise ValueError(f"out must be empty or made by the same command, but {note} says {found}")
+        for folder in FOLDERS if not complete else ():
+            for left_behind in (out / folder).glob(".*.jpg.*.tmp"):  # by a run that was killed
+                left_behind.unlink()
+        return complete
+    if out.exists() and any(p.name != ".lock" and not p.name.startswith(f".{NOTE}.") for p in out.iterdir()):
+        raise ValueError(f"out must be empty or made by the same command, got {out} with other files")
+    with atomic_write(note) as file:
+        file.write(json.dumps({**plan, "complete": False}).encode() + b"\n")
+    return False
 
 
 def synth(
@@ -183,6 +202,7 @@ def synth(
 
     Raises:
         ValueError: an argument is out of range, or `out` holds something else.
+        OSError: `out` cannot be written, or another run is writing there.
     """
     for name, value, low, high in (
         ("ids", ids, 2, 9000), ("cams", cams, 2, 6), ("images", images, 2, 1000), ("seed", seed, 0, 2**63),
@@ -190,34 +210,30 @@ def synth(
         if not low <= value <= high:
             raise ValueError(f"{name} must be in {low}..{high}, got {value}")
     out = Path(out)
-    note = out / "synth.json"
-    plan = {"format": FORMAT, "ids": ids, "cams": cams, "images": images, "seed": seed}
+    plan: dict[str, Any] = {"format": FORMAT, "ids": ids, "cams": cams, "images": images, "seed": seed}
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, got the file {out}")
-    if note.exists():
-        found = json.loads(note.read_text())
-        if {k: found.get(k) for k in plan} != plan:
-            raise ValueError(f"out must be empty or made by the same command, but {note} says {found}")
-        if found["complete"]:
-            return out
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"out must be empty or made by the same command, got {out} with other files")
-    for folder in ("bounding_box_train", "query", "bounding_box_test"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    for left_behind in out.glob("**/.*.tmp"):  # by a run that was killed
-        left_behind.unlink()
-    replace_file(note, lambda path: path.write_text(json.dumps({**plan, "complete": False}) + "\n"))
+    out.mkdir(parents=True, exist_ok=True)
+    with hold_folder(out, "another synth"):
+        if not claim(out, plan):
+            _write(out, plan, progress)
+    return out
 
+
+def _write(out: Path, plan: dict[str, Any], progress: bool) -> None:
+    """Everything but the first note."""
+    for folder in FOLDERS:
+        (out / folder).mkdir(exist_ok=True)
     names: list[str] = []
     truths: list[Truth] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums come out the same whatever the number of cores
     try:
         with tqdm(desc="synth", unit="image", disable=None if progress else True) as bar:
-            for folder, crops in cast(ids, cams, images, seed):
+            for folder, crops in cast(plan["ids"], plan["cams"], plan["images"], plan["seed"]):
                 for name, image in zip(crops.names, crops.images, strict=True):
-                    picture = Image.fromarray(image.numpy())
-                    replace_file(out / folder / name, lambda path, p=picture: p.save(path, "JPEG", quality=90))
+                    with atomic_write(out / folder / name) as file:
+                        Image.fromarray(image.numpy()).save(file, "JPEG", quality=90)
                 names += [f"{folder}/{name}" for name in crops.names]
                 truths.append(crops.truth)
                 bar.update(len(crops.names))
@@ -227,18 +243,15 @@ def synth(
     def column(field: str) -> np.ndarray:
         return torch.cat([getattr(t, field) for t in truths]).numpy()
 
-    def write_truth(path: Path) -> None:
-        with open(path, "wb") as file:
-            np.savez(
-                file,
-                names=np.array(names),
-                rotmats=column("rotmats"),
-                betas=column("betas"),
-                cam=column("cam"),
-                joints2d=column("joints2d"),
-                mask=np.packbits(column("mask").reshape(len(names), HEIGHT * WIDTH), axis=1),
-            )
-
-    replace_file(out / "gt.npz", write_truth)
-    replace_file(note, lambda path: path.write_text(json.dumps({**plan, "complete": True, "crops": len(names)}) + "\n"))
-    return out
+    with atomic_write(out / "gt.npz") as file:
+        np.savez(
+            file,
+            names=np.array(names),
+            rotmats=column("rotmats"),
+            betas=column("betas"),
+            cam=column("cam"),
+            joints2d=column("joints2d"),
+            mask=np.packbits(column("mask").reshape(len(names), HEIGHT * WIDTH), axis=1),
+        )
+    with atomic_write(out / NOTE) as file:
+        file.write(json.dumps({**plan, "complete": True, "crops": len(names)}).encode() + b"\n")

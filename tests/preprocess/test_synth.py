@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from reid3d.io import hold_folder
 from reid3d.preprocess.body import load_body
 from reid3d.preprocess.camera import project
 from reid3d.preprocess.synth import synth
@@ -29,7 +30,9 @@ NAME = re.compile(r"(-1|\d{4})_c[1-6]s[1-6]_\d{6}_\d{2}\.jpg")
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file() and p.name != ".lock"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,22 @@ def test_truth_agrees_with_the_silhouette(rendered) -> None:
     naked = rasterize(project(verts, truth.cam, 128, 64), body.faces, 128, 64).face >= 0
     both, either = (naked & truth.mask).sum((1, 2)), (naked | truth.mask).sum((1, 2))
     assert (both / either).median() > 0.75  # clothes and backpacks are not in the body
+
+
+def test_truth_of_naked_people_far_away_is_exact() -> None:
+    # From 500 m perspective is weak, and without clothes the silhouette is the body's: labels a pixel off would show.
+    g = torch.Generator().manual_seed(0)
+    people = sample_people(8, g)
+    people = replace(people, thickness=torch.zeros(8, 3), bag=torch.zeros(8))
+    poses = sample_poses(people, torch.rand(8, generator=g) * 2 * pi, torch.zeros(8, dtype=torch.bool), g)
+    views = replace(sample_views(8, g), distance=torch.full((8,), 500.0))
+    _, truth = Renderer()(people, poses, views, sample_backgrounds(8, 64, g), g)
+    body = load_body("low")
+    verts, joints = body(truth.rotmats, truth.betas)
+    assert (project_joints(joints, truth.cam) - truth.joints2d).abs().max() * 64 < 0.1
+    naked = rasterize(project(verts, truth.cam, 128, 64), body.faces, 128, 64).face >= 0
+    both, either = (naked & truth.mask).sum((1, 2)), (naked | truth.mask).sum((1, 2))
+    assert (both / either).min() > 0.93  # shoes stand off by 8 mm
 
 
 def test_people_differ(rendered) -> None:
@@ -141,6 +160,27 @@ def test_killed_run_is_finished_by_the_same_call(small: Path, tmp_path: Path) ->
     assert contents(out) == contents(small)  # and no temporary file is left
 
 
+@pytest.mark.parametrize("limit", [0, 2])
+def test_full_disk_is_one_error_and_the_same_call_finishes(small: Path, tmp_path: Path, limit: int) -> None:
+    out = tmp_path / "b"
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit} * 512, -1))\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"from reid3d.preprocess.synth import synth; synth({str(out)!r}, ids=6, cams=2, images=3, seed=3)"
+    )
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert failed.returncode == 1 and str(out) in failed.stderr.splitlines()[-1]
+    synth(out, ids=6, cams=2, images=3, seed=3, progress=False)
+    assert contents(out) == contents(small)
+
+
+def test_second_run_into_the_folder_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    out.mkdir()
+    with hold_folder(out, "a test"), pytest.raises(OSError, match="another synth"):
+        synth(out, ids=2, cams=2, images=2)
+
+
 def test_errors(small: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ids must be in 2\.\.9000, got 1"):
         synth(tmp_path, ids=1)
@@ -154,6 +194,10 @@ def test_errors(small: Path, tmp_path: Path) -> None:
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="with other files"):
         synth(tmp_path / "other")
+    for text in ("[]", "", '{"format": 1}'):
+        (tmp_path / "other" / "synth.json").write_text(text)
+        with pytest.raises(ValueError, match="synth.json is no note of synth"):
+            synth(tmp_path / "other")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="out must be a folder, got the file"):
         synth(tmp_path / "file")
