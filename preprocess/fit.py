@@ -1,20 +1,42 @@
 """Fits the embedded body to crops."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .body import load_body
 from .camera import check_images
 from .hmr import INPUT_SIZE, Regressor
 
+FORMAT = "reid3d-fitter-1"
 WEIGHTS = "fitter.safetensors"
+
+
+def load_regressor(path: Path) -> tuple[Regressor, dict[str, str]]:
+    """The network in a file of train_fitter.py, and the file's notes.
+
+    Raises:
+        ValueError: the file is not such a file. FileNotFoundError: there is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"weights must be a file, got {path}")
+    regressor = Regressor()
+    try:
+        with safe_open(path, framework="pt") as file:
+            note = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}
+        if note.get("format") != FORMAT:
+            raise ValueError(f"its format is {note.get('format')!r}, not {FORMAT!r}")
+        regressor.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(f"weights must be a file of train_fitter, got {path}: {error}") from error
+    return regressor, note
 
 
 @dataclass(frozen=True)
@@ -35,20 +57,17 @@ class Fitter(nn.Module):
         weights: a file written by train_fitter.py; None for the embedded ones.
 
     Raises:
-        ValueError: the file is not such a file.
+        ValueError: the file is not such a file. FileNotFoundError: there is none.
     """
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
-        self.body = load_body("full")
-        self.regressor = Regressor()
-        with as_file(files("reid3d.preprocess") / "assets" / WEIGHTS) as embedded:
-            path = Path(weights) if weights is not None else embedded
-            try:
-                state = load_file(path)
-                self.regressor.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-            except (SafetensorError, RuntimeError) as error:
-                raise ValueError(f"weights must be a file of train_fitter, got {path}: {error}") from error
+        self.body = deepcopy(load_body("full"))  # .to() must not move the one that others share
+        if weights is None:
+            with as_file(files("reid3d.preprocess") / "assets" / WEIGHTS) as embedded:
+                self.regressor, _ = load_regressor(embedded)
+        else:
+            self.regressor, _ = load_regressor(Path(weights))
         self.eval()
 
     @torch.no_grad()
@@ -66,16 +85,19 @@ class Fitter(nn.Module):
         # The regressor saw crops of 2:1, so make them that, with the border's colours: narrow ones get wider, wide ones
         # taller by a quarter at most (it saw people that small) and lose columns beyond. A camera counts from the
         # crop's centre in half heights, so the width does not matter to it and added height scales it.
-        tall = min(max(height, 2 * width), height * 5 // 4)
-        wide = (tall + 1) // 2
+        wide = (min(max(height, 2 * width), height * 5 // 4) + 1) // 2
+        tall = max(2 * wide, height)
         left, top = (wide - width) // 2, (tall - height) // 2  # negative: cut off
+        # An odd number of added columns or rows moves the centre by half a pixel.
+        drift = torch.tensor([wide - width - 2 * left, tall - height - 2 * top]) / height
         x = images.to(self.regressor.mean.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        x = x[..., max(-left, 0) : max(-left, 0) + wide]
+        x = x[..., max(-left, 0) :][..., :wide]
         left = max(left, 0)
         x = F.pad(x, (left, wide - x.shape[3] - left, top, tall - height - top), mode="replicate")
         if x.shape[2:] != INPUT_SIZE:
             x = F.interpolate(x, INPUT_SIZE, mode="bilinear", antialias=True, align_corners=False)
         out = self.regressor(x)
-        cam = out.cam * torch.tensor([tall / height, 1.0, 1.0], device=x.device)
+        scale = out.cam[:, :1] * (tall / height)
+        cam = torch.cat([scale, out.cam[:, 1:] + drift.to(scale) / scale], 1)
         posed = self.body(out.rotmats, out.betas)
         return BodyFit(out.rotmats, out.betas, cam, posed.verts, posed.joints)

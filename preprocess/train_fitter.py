@@ -9,6 +9,7 @@ had not been, and the held-out crops, whose seeds lie in another range, are new 
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -18,12 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from reid3d.io import atomic_write
+
 from .body import Body, load_body
-from .fit import WEIGHTS
+from .fit import FORMAT, WEIGHTS, load_regressor
 from .hmr import Regressed, Regressor
 from .synth.people import choice, sample_people, sample_poses, uniform
 from .synth.render import Renderer, sample_backgrounds, sample_views
@@ -154,13 +157,6 @@ def procrustes(a: Tensor, b: Tensor) -> Tensor:
     return scale[:, None, None] * x @ rotation + centre_b
 
 
-def save_atomically(path: Path, write) -> None:
-    """Write a file under a temporary name, then give it its own."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    temporary.replace(path)
-
-
 def train(recipe: Recipe, out: Path, workers: int) -> Regressor:
     """Train until recipe.steps, from out/checkpoint.pt if there is one.
 
@@ -227,10 +223,14 @@ def train(recipe: Recipe, out: Path, workers: int) -> Regressor:
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
             }
-            save_atomically(checkpoint, lambda path, state=state: torch.save(state, path))
+            buffer = BytesIO()
+            torch.save(state, buffer)
+            with atomic_write(checkpoint) as file:
+                file.write(buffer.getbuffer())
     half = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
-    note = {"recipe": json.dumps(asdict(recipe)), "trained_on": "reid3d synthetic people", "format": "reid3d-fitter-1"}
-    save_atomically(out / WEIGHTS, lambda path: save_file(half, path, note))
+    note = {"recipe": json.dumps(asdict(recipe)), "trained_on": "reid3d synthetic people", "format": FORMAT}
+    with atomic_write(out / WEIGHTS) as file:
+        file.write(save(half, note))
     return model
 
 
@@ -250,22 +250,22 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     recipe = Recipe(**{k: getattr(args, k) for k in asdict(Recipe())})
     torch.set_num_threads(args.threads)
-    if not args.evaluate:
-        train(recipe, args.out, args.workers)
-    model = Regressor()
-    model.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in load_file(args.out / WEIGHTS).items()}
-    )
-    measured = evaluate(model, args.held_out, workers=args.workers)
-    command = " ".join([parser.prog, *(f"--{k.replace('_', '-')} {v}" for k, v in asdict(recipe).items())])
+    try:
+        if not args.evaluate:
+            train(recipe, args.out, args.workers)
+        regressor, note = load_regressor(args.out / WEIGHTS)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{parser.prog}: error: {error}")
+    recipe = Recipe(**json.loads(note["recipe"]))
     figures = {
-        "command": command,
+        "command": " ".join([parser.prog, *(f"--{k.replace('_', '-')} {v}" for k, v in asdict(recipe).items())]),
         "recipe": asdict(recipe),
         "torch": str(torch.__version__),
         "held_out_first_seed": HELD_OUT,
-        **measured,
+        **evaluate(regressor, args.held_out, workers=args.workers),
     }
-    save_atomically(args.out / "fitter.json", lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
+    with atomic_write(args.out / "fitter.json") as file:
+        file.write(json.dumps(figures, indent=2).encode() + b"\n")
     print(json.dumps(figures))
 
 

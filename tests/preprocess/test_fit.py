@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from reid3d.preprocess import train_fitter
 from reid3d.preprocess.body import axis_angle_to_matrix, load_body
+from reid3d.preprocess.camera import project
 from reid3d.preprocess.fit import Fitter
 from reid3d.preprocess.hmr import Regressed, Regressor
 from reid3d.preprocess.train_fitter import (
@@ -145,6 +146,39 @@ def test_cameras_of_other_shapes_see_the_same_body(fitter: Fitter, batch, height
     assert error.mean() < 8
 
 
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(128, 64), (128, 63), (127, 64), (161, 64), (160, 65), (128, 97), (129, 96), (33, 17), (31, 40)],
+)
+def test_camera_counts_from_the_centre_of_odd_crops(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in regressor puts the body's origin on the bright spot; it must come back where it is in the crop."""
+    fitter = Fitter()
+
+    class Spot(torch.nn.Module):
+        mean = torch.zeros(1)
+
+        def forward(self, x: torch.Tensor) -> Regressed:
+            weight = (x.mean(1) + 1).clamp(min=0)
+            weight = weight / weight.sum((1, 2), keepdim=True)
+            row = (weight.sum(2) * (torch.arange(128) + 0.5)).sum(1)
+            column = (weight.sum(1) * (torch.arange(64) + 0.5)).sum(1)
+            cam = torch.stack([torch.ones(len(x)), (column - 32) / 64, (row - 64) / 64], 1)
+            return Regressed(torch.eye(3).repeat(len(x), 24, 1, 1), torch.zeros(len(x), 10), cam)
+
+    monkeypatch.setattr(fitter, "regressor", Spot())
+    images = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    row, column = height // 3, width // 2 - 3
+    images[0, row - 2 : row + 3, column - 2 : column + 3] = 255
+    cam = fitter(images).cam
+    pixel = project(torch.zeros(1, 1, 3), cam, height, width)[0, 0, :2]
+    torch.testing.assert_close(pixel, torch.tensor([column + 0.5, row + 0.5]), atol=0.1, rtol=0)
+
+
+def test_moving_a_fitter_leaves_the_others_alone(batch) -> None:
+    Fitter().double()
+    assert Fitter()(batch[0][:1]).verts.dtype == torch.float32
+
+
 def test_errors(fitter: Fitter, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="images must be uint8, got torch.float32"):
         fitter(torch.zeros(1, 128, 64, 3))
@@ -153,9 +187,17 @@ def test_errors(fitter: Fitter, tmp_path: Path) -> None:
     (tmp_path / "bad").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="weights must be a file of train_fitter, got .*bad"):
         Fitter(tmp_path / "bad")
-    save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other", {"format": "reid3d-fitter-1"})
     with pytest.raises(ValueError, match="weights must be a file of train_fitter, got .*other"):
         Fitter(tmp_path / "other")
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="weights must be a file of train_fitter, got .*its format is None"):
+        Fitter(tmp_path / "foreign")
+    with pytest.raises(FileNotFoundError, match="weights must be a file, got .*nothing"):
+        Fitter(tmp_path / "nothing")
+    for arguments in (["--steps", "0"], ["--evaluate"]):
+        with pytest.raises(SystemExit, match="train_fitter: error: (steps must be in|weights must be a file)"):
+            train_fitter.main(["--out", str(tmp_path / "run"), *arguments])
 
 
 def test_interrupted_training_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
