@@ -67,7 +67,8 @@ def evaluate(q: Features, g: Features, ap: AveragePrecision = "market") -> Resul
     numbers). ap="mean": the mean of the precision at each match, as torchreid and fast-reid. The two differ by a point
     or two on real sets, so a number without its definition cannot be compared.
 
-    Memory beyond the inputs: a few blocks of 2**20 values; the similarities are never all held.
+    Memory beyond the inputs: a normalised copy of the gallery and a few blocks of 2**20 values; the similarities are
+    never all held.
 
     Raises: ValueError for another `ap`, empty sides, dimensions that differ, or when no query has a match.
     Source: Zheng et al., ICCV 2015 (protocol, AP of its evaluation code); Ye et al., TPAMI 2021 (mINP).
@@ -83,8 +84,8 @@ def evaluate(q: Features, g: Features, ap: AveragePrecision = "market") -> Resul
 
     rank, last, matches, total = (np.zeros(len(q), np.int64) for _ in range(4))
     precision = np.full(len(q), np.nan)
-    for rows, sim in similarity_blocks(q.feats, g.feats[kept]):
-        slots = np.arange(counts[rows].max())
+    for rows, sim in similarity_blocks(q.feats, g.feats, kept):
+        slots = np.arange(max(1, counts[rows].max()))  # one that is empty where no query of the block has a match
         same_pid = slots < counts[rows, None]
         at = by_pid[np.where(same_pid, starts[rows, None] + slots, 0)]
         same_camera = (camids[at] == q.camids[rows, None]) & (q.camids[rows, None] != -1)

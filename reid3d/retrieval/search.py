@@ -12,6 +12,7 @@ from torch import Tensor
 from .features import Features
 
 _BLOCK = 2**20  # similarities held at once
+_LEAST_ROWS = 4  # with fewer, matrix products may round columns at the edge otherwise, and equal items would differ
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +33,8 @@ def search(q: Features, g: Features, k: int = 20, *, cross_camera: bool = False)
     """Find the k gallery items of highest cosine similarity for each query; ties go to the lower gallery index.
 
     cross_camera leaves out, as `evaluate` does, junk (pid -1) and the query's own person seen by the query's own
-    camera (a camid of -1 is unknown and leaves nothing out). Memory beyond inputs and result: a few blocks of 2**20
-    values, whatever the sizes.
+    camera (a camid of -1 is unknown and leaves nothing out). Memory beyond inputs and result: a normalised copy of the
+    gallery and a few blocks of 2**20 values.
 
     Raises: ValueError when k < 1 or the feature dimensions differ.
     """
@@ -53,18 +54,23 @@ def search(q: Features, g: Features, k: int = 20, *, cross_camera: bool = False)
     return Ranks(q, g, idx, sim)
 
 
-def similarity_blocks(q: np.ndarray, g: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
-    """Yields (rows, cosine similarities (len(rows), G) float32 in [-1, 1]) until all rows of q are done.
+def similarity_blocks(
+    q: np.ndarray, g: np.ndarray, kept: np.ndarray | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yields (rows, cosine similarities (len(rows), G) float32 in [-1, 1]) until all rows of q are done; `kept` are the
+    G rows of g to compare with, None all. Equal rows of g get equal similarities. Holds one float32 copy of them.
 
     Raises: ValueError when the feature dimensions differ.
     """
     if q.shape[1] != g.shape[1]:
         raise ValueError(f"q and g must have features of the same dimension, got {q.shape[1]} and {g.shape[1]}")
-    gallery = _unit(g).T
-    step = max(1, _BLOCK // max(1, len(g)))
+    gallery = _unit(g, np.arange(len(g)) if kept is None else kept).T
+    step = max(_LEAST_ROWS, _BLOCK // max(1, gallery.shape[1]))
     for start in range(0, len(q), step):
-        rows = slice(start, min(start + step, len(q)))
-        yield rows, (_unit(q[rows]) @ gallery).clamp_(-1, 1)
+        rows = np.arange(start, min(start + step, len(q)))
+        query = torch.zeros(max(_LEAST_ROWS, len(rows)), q.shape[1])
+        query[: len(rows)] = _unit(q, rows)
+        yield slice(start, start + len(rows)), (query @ gallery)[: len(rows)].clamp_(-1, 1)
 
 
 def order_keys(sim: Tensor) -> Tensor:
@@ -76,7 +82,12 @@ def order_keys(sim: Tensor) -> Tensor:
     return bits.long().bitwise_left_shift_(32).bitwise_or_(torch.arange(sim.shape[1]))
 
 
-def _unit(feats: np.ndarray) -> Tensor:
-    rows = torch.from_numpy(np.ascontiguousarray(feats))
-    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)  # float32 squares may overflow
-    return (rows / length.clamp_min(torch.finfo(torch.float64).tiny)).float()
+def _unit(feats: np.ndarray, rows: np.ndarray) -> Tensor:
+    """Those rows of feats (N, D) float32 as unit vectors; 0 stays 0."""
+    unit = torch.empty(len(rows), feats.shape[1])
+    step = max(1, _BLOCK // max(1, feats.shape[1]))
+    for start in range(0, len(rows), step):
+        part = torch.from_numpy(feats[rows[start : start + step]]).double()  # float32 squares may overflow
+        length = torch.linalg.vector_norm(part, dim=1, keepdim=True)
+        unit[start : start + step] = part / length.clamp_min(torch.finfo(torch.float64).tiny)
+    return unit

@@ -85,6 +85,14 @@ def test_a_first_match_in_second_place():
     assert evaluate(q, g).cmc[:3].tolist() == [0, 1, 1]
 
 
+def test_a_block_of_queries_without_a_match(monkeypatch):
+    monkeypatch.setattr(import_module("reid3d.retrieval.search"), "_BLOCK", 12)  # four queries of a gallery of three
+    q = features(angle(0, 0, 0, 0, 0), [9, 9, 9, 9, 1])
+    result = evaluate(q, features(angle(10, 20, 30), [2, 1, 1]))
+    assert (result.num_valid, result.num_query) == (1, 5)
+    assert result.per_query.rank.tolist() == [0, 0, 0, 0, 2]
+
+
 def test_the_protocol_by_hand():
     """Junk and the own camera vanish, the own camera's other people, distractors and unknown cameras stay."""
     gallery = [  # angle, pid, camid; in the order of similarity
