@@ -37,10 +37,14 @@ class FoldedNorm(nn.BatchNorm1d):
     num_batches_tracked: Tensor
 
     def fold(self, mean: Tensor | None = None, var: Tensor | None = None, count: int = 0) -> tuple[Tensor, Tensor]:
-        """From the mean and biased variance of ``count`` rows, which move the running ones; from those without."""
+        """From the mean and biased variance of ``count`` rows, which move the running ones; from those without.
+
+        ``var`` may be a little below 0, rounded from a sum of terms that cancel: it is 0 then.
+        """
         if mean is None or var is None:
             mean, var = self.running_mean, self.running_var
         else:
+            var = var.clamp_min(0)
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, 0.1)
@@ -84,7 +88,8 @@ class EdgeConv(nn.Module):
         d = F.linear(h, w_self - w_difference, self.linear.bias).flatten(0, 1)
         mean_a = F.embedding_bag(rows, a.flatten(0, 1), mode="mean")  # over each neighbourhood
         if self.training:
-            # var(A_j + D_i) = var(A_j) + var(D_i) + 2 cov(A_j, D_i), each about its mean so that nothing cancels.
+            # var(A_j + D_i) = var(A_j) + var(D_i) + 2 cov(A_j, D_i), each about its mean. What is left to cancel is A
+            # against D, where features are so smooth that all h_j - h_i are small beside h_i and the weights of h_i too.
             all_a, all_d = mean_a.mean(0), d.mean(0)
             power_a = _degree(rows, mean_a) @ (a.flatten(0, 1) - all_a).square()
             var = power_a + ((d - all_d) * (d - all_d + 2 * (mean_a - all_a))).mean(0)
@@ -277,7 +282,7 @@ class OGNet(nn.Module):
         dropout: float = 0.7,
     ) -> None:
         super().__init__()
-        self.k, self.init_points = k, init_points
+        self.k, self.min_points = k, max(init_points, k)
         self.stages = nn.ModuleList()
         c_in, left = 3, 2 * init_points
         for i, c_out in enumerate(dims):
@@ -302,7 +307,7 @@ class OGNet(nn.Module):
         self.head = Head(2 * c_in, EMBEDDING, num_classes, dropout)
 
     def forward(self, xyz: Tensor, rgb: Tensor) -> Tensor | Output:
-        """Describe B clouds of N points each.
+        """Describe B clouds of N points each. Autocast is left out: neighbours and statistics need whole float32.
 
         Args:
             xyz: (B, N, 3) metres, about the mean of the cloud, N >= init_points and N >= k.
@@ -313,8 +318,15 @@ class OGNet(nn.Module):
         """
         if xyz.dim() != 3 or xyz.shape[2] != 3 or xyz.shape != rgb.shape:
             raise ValueError(f"xyz and rgb must both be (B, N, 3), got {tuple(xyz.shape)} and {tuple(rgb.shape)}")
-        if xyz.shape[1] < max(self.init_points, self.k):
-            raise ValueError(f"xyz must have N >= {max(self.init_points, self.k)} points, got {xyz.shape[1]}")
+        if xyz.shape[1] < self.min_points:
+            raise ValueError(f"xyz must have N >= {self.min_points} points, got {xyz.shape[1]}")
+        if torch.is_autocast_enabled(xyz.device.type):
+            dtype = torch.promote_types(xyz.dtype, torch.float32)
+            with torch.autocast(xyz.device.type, enabled=False):
+                return self._describe(xyz.to(dtype), rgb.to(dtype))
+        return self._describe(xyz, rgb)
+
+    def _describe(self, xyz: Tensor, rgb: Tensor) -> Tensor | Output:
         h, graph = rgb, None
         for stage in self.stages:
             xyz, h, graph = stage(xyz, h, self.k, graph)

@@ -197,6 +197,43 @@ def test_impossible_sizes(kwargs, message):
         OGNet((8, 16, 24), **{**SMALL, **kwargs})
 
 
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_one_colour_in_training(scale):
+    """Features that hardly vary, in millimetres too: the variance rounds to below 0 where it cancels."""
+    torch.manual_seed(0)
+    model = ognet_small(4, init_points=96, k=9).train()
+    xyz, rgb = clouds(4, 256, dtype=torch.float32)
+    for step in range(3):
+        output = model(scale * xyz, torch.full_like(rgb, 0.2 + 0.1 * step))
+        assert torch.isfinite(output.feats).all()
+    output.logits.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_var"):
+            assert (buffer >= 0).all(), name
+
+
+def test_a_variance_rounded_below_0_counts_as_0():
+    norm = module.FoldedNorm(2)
+    scale, _ = norm.fold(torch.zeros(2), torch.tensor([-1e-3, 1.0]), 10)
+    torch.testing.assert_close(scale, torch.tensor([1e-5, 1 + 1e-5]) ** -0.5)
+    assert norm.running_var[0] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_autocast_changes_nothing(training, kind):
+    model = float_model(num_classes=3).to(kind).train(training)
+    xyz, rgb = clouds(2, 64, dtype=kind)
+    expected = model(xyz, rgb)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(xyz, rgb)
+        if kind == torch.float32:
+            assert torch.isfinite(model(xyz.bfloat16(), rgb.bfloat16())[0]).all()
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == kind and torch.equal(a, b)
+
+
 def test_wrong_inputs():
     model = float_model().eval()
     xyz, rgb = clouds(2, 64, dtype=torch.float32)
