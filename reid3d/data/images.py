@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.JpegImagePlugin import jpeg_factory
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SPLITS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow's other readers are kept from files that only claim to be these
+READERS = {b"\xff\xd8\xff": jpeg_factory, b"\x89PNG": PngImageFile, b"BM": BmpImageFile, b"RIFF": WebPImageFile}
 MIN_SIDE = 8  # pixels
 MAX_PIXELS = 50_000_000  # 20,000 x 20,000 would take 1.2 GB
 FRAMES_PER_SESSION = 1_000_000  # Market-1501 numbers frames with six digits
-_NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>[1-9]\d*)(?:s(?P<session>[1-9]\d*)_(?P<frame>\d+)|_f(?P<f>\d+))?[_.]")
+_NAME = re.compile(  # at most nine digits a number, so that all fit into 64 bits
+    r"(?P<pid>-1|[0-9]{1,9})_c(?P<camid>[1-9][0-9]{0,8})"
+    r"(?:s(?P<session>[1-9][0-9]{0,8})_(?P<frame>[0-9]{1,9})|_f(?P<f>[0-9]{1,9}))?[_.]"
+)
 
 
 @dataclass(frozen=True)
@@ -101,21 +109,26 @@ def read_image(image: str | Path | Image.Image, size: tuple[int, int]) -> np.nda
     EXIF orientation is honoured, transparency lies over white, 16-bit greys are scaled and large JPEGs decoded
     reduced.
 
-    Raises: OSError when the file cannot be read; ValueError when it is empty, truncated, not one of JPEG, PNG, BMP and
-        WebP, under 8 pixels wide or high, or over 50 megapixels (which is seen before decoding).
+    Raises: OSError when the file cannot be read; ValueError when it is no regular file, empty, truncated, not one of
+        JPEG, PNG, BMP and WebP, under 8 pixels wide or high, or over 50 megapixels (which is seen before decoding).
     """
     if isinstance(image, Image.Image):
         _check_dimensions(image)
         return _resized(ImageOps.exif_transpose(image), size)
+    status = os.stat(image)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
+        raise ValueError("not a regular file")
+    if not status.st_size:
+        raise ValueError("empty file")
     with open(image, "rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            raise ValueError("empty file")
+        # Not Image.open, which warns on stderr of an image that is refused here a moment later.
+        prefix = file.read(4)
+        reader = next((reader for magic, reader in READERS.items() if prefix.startswith(magic)), None)
+        if reader is None:
+            raise ValueError("not a JPEG, PNG, BMP or WebP image")
+        file.seek(0)
         try:
-            picture: Image.Image = Image.open(file, formats=FORMATS)
-        except Image.UnidentifiedImageError:
-            raise ValueError("not a JPEG, PNG, BMP or WebP image") from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise ValueError(f"more than {MAX_PIXELS // 1_000_000} megapixels") from None
+            picture: Image.Image = reader(file, "")
         except Exception as error:  # Pillow's readers raise almost anything on broken bytes, here and below
             raise ValueError(f"broken image: {_line(error)}") from error
         _check_dimensions(picture)

@@ -54,9 +54,7 @@ def search(q: Features, g: Features, k: int = 20, *, cross_camera: bool = False)
     return Ranks(q, g, idx, sim)
 
 
-def similarity_blocks(
-    q: np.ndarray, g: np.ndarray, kept: np.ndarray | None = None
-) -> Iterator[tuple[slice, Tensor]]:
+def similarity_blocks(q: np.ndarray, g: np.ndarray, kept: np.ndarray | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Yields (rows, cosine similarities (len(rows), G) float32 in [-1, 1]) until all rows of q are done; `kept` are the
     G rows of g to compare with, None all. Equal rows of g get equal similarities. Holds one float32 copy of them.
 

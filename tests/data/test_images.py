@@ -1,6 +1,7 @@
 import io
 import os
 import struct
+import warnings
 import zlib
 from functools import cache
 
@@ -63,6 +64,11 @@ def test_market_layout(market):
         "0002_c0s1_000451_03.jpg",
         "0002_c1s1.jpg",
         "-2_c1s1_000451_03.jpg",
+        "1234567890_c1s1_000451_03.jpg",
+        "0002_c1234567890s1_000451_03.jpg",
+        "0002_c1s1234567890_000451_03.jpg",
+        "0002_c1s1_1234567890_03.jpg",
+        "٠٠٠٢_c1s1_000451_03.jpg",
     ],
 )
 def test_names_that_do_not_fit_are_listed_with_the_reason(market, name):
@@ -304,6 +310,30 @@ def test_huge_images_are_refused_before_decoding(tmp_path):
     Image.new("1", (7_200, 7_200)).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match="7200 x 7200 pixels: more than 50 megapixels"):
         read_image(tmp_path / "large.png", SIZE)
+
+
+def test_the_largest_numbers_of_a_name_fit_64_bits(market):
+    touch(market / "query" / "999999999_c999999999s999999999_999999999_03.jpg")
+    (image,) = (image for image in list_images(market)[0] if image.pid == 999_999_999)
+    assert np.array([image.pid, image.camid, image.time], np.int64)[2] == 999_999_998_000_000 + 999_999_999
+
+
+def test_a_large_image_is_refused_without_a_warning(tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match="10000 x 10000 pixels: more than 50 megapixels"):
+            read_image(tmp_path / "large.png", SIZE)
+    assert seen == []
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("pipe.jpg", "device.jpg", "folder.jpg"):
+        with pytest.raises(ValueError, match="^not a regular file$"):
+            read_image(tmp_path / name, SIZE)
 
 
 def test_a_missing_file_is_an_os_error(tmp_path):
