@@ -80,9 +80,26 @@ def _numbers(values: Sequence[Any], kind: type, count: int) -> tuple[Any, ...]:
 def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """A binary file that appears under `path` whole or not at all, with what it replaces kept until then.
 
+    A link stays, and what it points to is replaced; a device or a pipe stays too, and is written to as it is.
+
     Raises: OSError naming `path` (full or read-only disk, no such folder).
     """
     path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as file:
+                yield file
+        else:
+            with _replacement(Path(os.path.realpath(path))) as file:
+                yield file
+    except OSError as error:
+        if error.errno:  # a failed write() does not know the file's name
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
+def _replacement(path: Path) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -90,11 +107,9 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         with suppress(OSError):  # it may never have been made
             temporary.unlink()
-        if isinstance(error, OSError) and error.errno:  # a failed write() does not know the file's name
-            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -104,7 +119,7 @@ def hold_folder(folder: str | Path, other: str) -> Iterator[None]:
 
     Raises: BlockingIOError, saying that `other` ("another conversion") is writing there, when a process holds it.
     """
-    with open(Path(folder) / ".lock", "wb") as file:
+    with open(Path(folder) / ".lock", "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -4,6 +4,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -289,6 +290,41 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a").write_bytes(b"old")
+    for name in ("a", "new"):  # `new` points to what is not there yet
+        (tmp_path / name).symlink_to(tmp_path / "real" / name)
+        with atomic_write(tmp_path / name) as file:
+            file.write(b"new")
+        assert (tmp_path / name).is_symlink() and (tmp_path / "real" / name).read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "a", "new", "new", "real"]
+
+
+def test_what_is_not_a_file_is_written_to_and_stays(tmp_path):
+    # a pipe, which stands for devices too: a failure of this test must not cost the machine one
+    pipe, link, read = tmp_path / "pipe", tmp_path / "link", []
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+        reader.start()
+        with atomic_write(path) as file:
+            file.write(b"through")
+        reader.join(10)
+    assert read == [b"through"] * 2 and pipe.is_fifo() and link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [link, pipe]
+
+
+def test_a_pipe_without_a_reader_is_an_error_naming_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(BrokenPipeError, match=f"'{tmp_path / 'pipe'}'"), atomic_write(tmp_path / "pipe") as file:
+        os.close(reader)
+        file.write(b"to nobody")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_full_disk_is_an_error_naming_the_file(tmp_path):
