@@ -105,6 +105,8 @@ class TrainConfig:
         for name, value in natural.items():
             if not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+        if self.train.seed >= 2**63:
+            raise ValueError(f"train.seed must be less than 2**63, got {self.train.seed}")
 
 
 def recipes() -> list[str]:

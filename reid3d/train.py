@@ -12,7 +12,7 @@ threads, in the very same weights as one that was not.
 from __future__ import annotations
 
 import fcntl
-import hashlib
+import io
 import json
 import math
 import pickle
@@ -36,11 +36,12 @@ from .data.clouds import CloudSplit, open_dataset
 from .data.samplers import BalancedSampler
 from .data.transforms import TrainTransform
 from .io import atomic_write
-from .models import create_model, save_weights
+from .models import create_model, resolve_device, save_weights
 
 SECONDS_BETWEEN_LINES = 20.0
 FINAL_LR = 0.01  # of the first
 FIRST_LOSS = 0.1  # factor at the start of the warm-up
+_STREAM = 3  # of random numbers: of dropout; draws and clouds have their own
 # A run may go on from another place and with other loaders: none of these has a part in the weights.
 MAY_CHANGE = {"data", "out", "cloud.workers", "train.device"}
 
@@ -55,61 +56,68 @@ def train(config: TrainConfig) -> Path:
     Raises:
         FileNotFoundError: no data folder.
         ValueError: training data that cannot fill a batch; a run folder of another config or other data; an unknown
-            model; a checkpoint that cannot be read.
+            model, or one that needs more points; a checkpoint that cannot be read.
         RuntimeError: another process trains in this folder; the loss is no longer finite; no such device.
 
     Source: the published OG-Net training, layumi/person-reid-3d, ``train_M.py`` with the flags of its recipes.
     """
-    run, device = Path(config.out), _device(config.train.device)
+    run, device = Path(config.out), resolve_device(config.train.device)
     split = _training_split(config)
-    run.mkdir(parents=True, exist_ok=True)
-    devices = [device] if device.type == "cuda" else []
-    with _alone(run), torch.random.fork_rng(devices):
-        _claim(run, config)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.train.seed)
         model = create_model(config.model.name, split.num_pids, **config.model.kwargs).to(device)
-        optimizer = torch.optim.Adam(
-            model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay, amsgrad=True
-        )
-        content = _fingerprint(split)
-        start = _resume(run, model, optimizer, content, device)
-        _log(run, keep=start)
-        epochs = config.train.epochs
-        if start == epochs:
-            print(f"{run}: already trained for {epochs} epochs", file=sys.stderr)
-            return run
-        if start:
-            print(f"{run}: going on after epoch {start} of {epochs}", file=sys.stderr)
-        sampler = BalancedSampler(split.labels, seed=config.train.seed)
-        loader = DataLoader(
-            split,
-            batch_size=config.train.batch,
-            sampler=sampler,
-            drop_last=True,
-            num_workers=config.cloud.workers,
-            persistent_workers=config.cloud.workers > 0,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # of worker seeds, which nothing uses; it leaves the global one alone
-        )
-        reported = time.monotonic()
-        steps = len(loader)
-        with tqdm(total=epochs * steps, initial=start * steps, unit="step", disable=not sys.stderr.isatty()) as bar:
-            for epoch in range(start, epochs):
-                sampler.set_epoch(epoch)
-                split.set_epoch(epoch)
-                torch.manual_seed(_epoch_seed(config.train.seed, epoch))
-                metrics = _train_epoch(model, optimizer, loader, config, epoch, device, bar)
-                _log(run, metrics)
-                trained_on = {"data": Path(config.data).name, "clouds": len(split), "ids": split.num_pids}
-                trained_on |= {"epochs": epoch + 1, "points": config.cloud.points}
-                save_weights(model, run / "model.safetensors", trained_on=json.dumps(trained_on))
-                _save(run, model, optimizer, content, epoch + 1)
-                line = "epoch {epoch}: loss {loss:.3f}, accuracy {accuracy:.3f}".format(**metrics)
-                bar.set_postfix_str(line)
-                if bar.disable and (time.monotonic() - reported > SECONDS_BETWEEN_LINES or epoch + 1 == epochs):
-                    reported = time.monotonic()
-                    print(f"{line} ({epoch + 1} of {epochs})", file=sys.stderr, flush=True)
+        least = getattr(model, "min_points", 1)
+        if config.cloud.points < least:
+            raise ValueError(f"cloud.points must be at least {least} for this model, got {config.cloud.points}")
+        run.mkdir(parents=True, exist_ok=True)
+        with _alone(run):
+            _claim(run, config)
+            _train(config, run, split, model, device)
     return run
+
+
+def _train(config: TrainConfig, run: Path, split: CloudSplit, model: nn.Module, device: torch.device) -> None:
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay, amsgrad=True
+    )
+    content = split.fingerprint()
+    start = _resume(run, model, optimizer, content, device)
+    _log(run, keep=start)
+    epochs = config.train.epochs
+    if start == epochs:
+        print(f"{run}: already trained for {epochs} epochs", file=sys.stderr)
+        return
+    if start:
+        print(f"{run}: going on after epoch {start} of {epochs}", file=sys.stderr)
+    sampler = BalancedSampler(split.labels, seed=config.train.seed)
+    loader = DataLoader(
+        split,
+        batch_size=config.train.batch,
+        sampler=sampler,
+        drop_last=True,
+        num_workers=config.cloud.workers,
+        persistent_workers=config.cloud.workers > 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # of worker seeds, which nothing uses; it leaves the global one alone
+    )
+    reported = time.monotonic()
+    steps = len(loader)
+    with tqdm(total=epochs * steps, initial=start * steps, unit="step", disable=not sys.stderr.isatty()) as bar:
+        for epoch in range(start, epochs):
+            sampler.set_epoch(epoch)
+            split.set_epoch(epoch)
+            torch.manual_seed(_epoch_seed(config.train.seed, epoch))
+            metrics = _train_epoch(model, optimizer, loader, config, epoch, device, bar)
+            _log(run, metrics)
+            trained_on = {"data": Path(config.data).name, "clouds": len(split), "ids": split.num_pids}
+            trained_on |= {"epochs": epoch + 1, "points": config.cloud.points}
+            save_weights(model, run / "model.safetensors", trained_on=json.dumps(trained_on))
+            _save(run, model, optimizer, content, epoch + 1)
+            line = "epoch {epoch}: loss {loss:.3f}, accuracy {accuracy:.3f}".format(**metrics)
+            bar.set_postfix_str(line)
+            if bar.disable and (time.monotonic() - reported > SECONDS_BETWEEN_LINES or epoch + 1 == epochs):
+                reported = time.monotonic()
+                print(f"{line} ({epoch + 1} of {epochs})", file=sys.stderr, flush=True)
 
 
 def _train_epoch(
@@ -163,17 +171,6 @@ def loss_factor(step: int, warmup_steps: int) -> float:
     return min(1.0, FIRST_LOSS + (1 - FIRST_LOSS) * step / warmup_steps) if warmup_steps else 1.0
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise RuntimeError(f"train.device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def _training_split(config: TrainConfig) -> CloudSplit:
     split = open_dataset(config.data).train
     if (split.pids < 0).any():
@@ -202,9 +199,9 @@ def _alone(run: Path) -> Iterator[None]:
 
 
 def _claim(run: Path, config: TrainConfig) -> None:
-    """Make the folder this config's, or see that it is."""
+    """Make the folder this config's, or see that it is; before the first checkpoint there is nothing to lose."""
     path = run / "config.yaml"
-    if path.exists():
+    if path.exists() and (run / "checkpoint.pt").exists():
         theirs, ours = _flat(asdict(read_config(str(path)))), _flat(asdict(config))
         keys = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k) and k not in MAY_CHANGE)
         if keys:
@@ -221,20 +218,16 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _fingerprint(split: CloudSplit) -> str:
-    """Of what the split holds, wherever it lies."""
-    lines = "\n".join(f"{name} {pid}" for name, pid in zip(split.names, split.pids, strict=True))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def _epoch_seed(seed: int, epoch: int) -> int:
-    return int(np.random.default_rng((seed, epoch)).integers(2**62))
+    return int(np.random.default_rng((_STREAM, seed, epoch)).integers(2**62))
 
 
 def _save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, content: str, epoch: int) -> None:
     state = {"epoch": epoch, "data": content, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    buffer = io.BytesIO()  # of a full disk torch would say no more than that its writer failed
+    torch.save(state, buffer)
     with atomic_write(run / "checkpoint.pt") as file:
-        torch.save(state, file)
+        file.write(buffer.getbuffer())
 
 
 def _resume(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, content: str, device: torch.device) -> int:

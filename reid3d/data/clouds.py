@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,21 +21,25 @@ from ..io import DATASET_FILE, Record, Shard
 from .transforms import EvalTransform
 
 Transform = Callable[[PointCloud, np.random.Generator], tuple[Tensor, Tensor]]
+_STREAM = 2  # of random numbers; the sampler has its own
 
 
 class CloudSplit(Dataset[tuple[Tensor, Tensor, int, int]]):
     """The clouds of one split, in the order of the shards; works in DataLoader workers.
 
     `split[i]` is (xyz float32 (P, 3), rgb float32 (P, 3) in [-0.5, 0.5], label, i), P and the rest made by the
-    transform. What is random depends on (seed, epoch, i) alone, never on the number or order of the workers.
+    transform. `split[i, draw]` is the same cloud with other random numbers: these depend on (seed, epoch, i, draw)
+    alone, draw 0 without one, never on the number or order of the workers.
 
-    root, name: where it was read, and "train", "query", "gallery" or "all". records: list of `Record`. pids, camids,
-    times: (len,) int64. labels: (len,) int64, the position of the pid in the sorted list of the split's pids, in
-    [0, num_pids).
+    root, name: where it was read, and "train", "query", "gallery" or "all". transform: None until one is chosen, which
+    is EvalTransform() here, and in `extract` with as many points as the model was trained with. records: list of
+    `Record`. pids, camids, times: (len,) int64. labels: (len,) int64, the position of the pid in the sorted list of the
+    split's pids, in [0, num_pids).
     """
 
-    def __init__(self, root: Path, name: str, shards: Sequence[Shard], *, transform: Transform, seed: int = 0) -> None:
-        self.root, self.name, self.transform, self.seed = root, name, transform, seed
+    def __init__(self, root: Path, name: str, shards: Sequence[Shard]) -> None:
+        self.root, self.name, self.seed = root, name, 0
+        self.transform: Transform | None = None
         rows = ((shard, i, record) for shard in shards for i, record in enumerate(shard.records))
         mine = [row for row in rows if row[2].split == name]
         self._places = [(shard, i) for shard, i, _ in mine]
@@ -59,9 +64,11 @@ class CloudSplit(Dataset[tuple[Tensor, Tensor, int, int]]):
         shard, row = self._places[i]
         return shard[row]
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int, int]:
+    def __getitem__(self, i: int | tuple[int, int]) -> tuple[Tensor, Tensor, int, int]:
+        i, draw = i if isinstance(i, tuple) else (i, 0)
         i = range(len(self))[i]
-        xyz, rgb = self.transform(self.cloud(i), np.random.default_rng((self.seed, int(self._epoch), i)))
+        rng = np.random.default_rng((_STREAM, self.seed, int(self._epoch), i, draw))
+        xyz, rgb = (self.transform or EvalTransform())(self.cloud(i), rng)
         return xyz, rgb, int(self.labels[i]), i
 
     def with_transform(self, transform: Transform, seed: int = 0) -> CloudSplit:
@@ -75,6 +82,13 @@ class CloudSplit(Dataset[tuple[Tensor, Tensor, int, int]]):
         if epoch < 0:
             raise ValueError(f"epoch must be >= 0, got {epoch}")
         self._epoch.fill_(epoch)
+
+    def fingerprint(self) -> str:
+        """A hash of what the split holds, wherever it lies: each cloud's record and how its shard was converted."""
+        digest = hashlib.sha256()
+        for (shard, _), record in zip(self._places, self.records, strict=True):
+            digest.update(f"{record.to_json()} {shard.metadata.get('config')}\n".encode())
+        return digest.hexdigest()
 
     def __repr__(self) -> str:
         return f"CloudSplit({self.name!r}, {len(self)} clouds, {self.num_pids} pids, {len(set(self.camids))} cameras)"
@@ -112,8 +126,7 @@ def open_dataset(root: str | Path) -> CloudDataset:
     for shard in shards:
         if unknown := {record.split for record in shard.records} - set(splits):
             raise ValueError(f"{shard.path}: split must be one of {', '.join(splits)}, got {sorted(unknown)}")
-    transform = EvalTransform(points=4096)
-    return CloudDataset(root, *(CloudSplit(root, name, shards, transform=transform) for name in splits))
+    return CloudDataset(root, *(CloudSplit(root, name, shards) for name in splits))
 
 
 def _check_finished(root: Path) -> None:

@@ -7,9 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+_STREAM = 1  # of random numbers; items have their own
 
-class BalancedSampler(Sampler[int]):
+
+class BalancedSampler(Sampler[tuple[int, int]]):
     """As many draws as there are clouds, with replacement, each identity equally likely.
+
+    Yields (cloud, draw), the draws counted from 0, so that `CloudSplit` varies a cloud anew each time it is drawn.
 
     Args:
         labels: (n,) integers, the identity of each cloud.
@@ -41,6 +45,7 @@ class BalancedSampler(Sampler[int]):
     def __len__(self) -> int:
         return len(self._weights)
 
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng((self._seed, self._epoch))
-        yield from rng.choice(len(self), size=len(self), p=self._weights).tolist()
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rng = np.random.default_rng((_STREAM, self._seed, self._epoch))
+        drawn = rng.choice(len(self), size=len(self), p=self._weights).tolist()
+        yield from zip(drawn, range(len(self)), strict=True)

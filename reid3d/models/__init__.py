@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
@@ -16,7 +17,7 @@ from ..io import atomic_write
 from . import ognet
 from .head import Output
 
-__all__ = ["Output", "create_model", "list_models", "save_weights"]
+__all__ = ["Output", "create_model", "list_models", "resolve_device", "save_weights"]
 
 FORMAT = "reid3d-weights-1"
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -34,7 +35,8 @@ def list_models() -> list[str]:
 def create_model(
     name: str | None = None, num_classes: int = 0, *, weights: str | Path | None = None, **kwargs: Any
 ) -> nn.Module:
-    """A network, in training mode; ``model.inputs`` says what it eats ("cloud": xyz and rgb, both (B, N, 3)).
+    """A network, in training mode; ``model.inputs`` says what it eats ("cloud": xyz and rgb, both (B, N, 3)), and
+    ``model.points`` how many points a cloud its weights were trained with (None: fresh, or the file does not say).
 
     Args:
         name: one of ``list_models()``; may be left out when ``weights`` is given.
@@ -61,6 +63,7 @@ def create_model(
         raise ValueError(f"num_classes must not be negative, got {num_classes}")
     model = MODELS[name](num_classes, **kwargs)
     model.name, model.kwargs, model.num_classes = name, kwargs, num_classes  # type: ignore[assignment]
+    model.points = _points(meta.get("trained_on", ""))  # type: ignore[assignment]
     if weights is not None:
         own = model.state_dict()
         fresh = {key for key in own if key.startswith("head.classifier.")}
@@ -75,7 +78,10 @@ def create_model(
 
 
 def save_weights(model: nn.Module, path: str | Path, *, trained_on: str) -> None:
-    """Write a model of ``create_model`` as safetensors, atomically; ``trained_on`` says in words what it has seen."""
+    """Write a model of ``create_model`` as safetensors, atomically.
+
+    ``trained_on`` says what it has seen, in words, or as the JSON of an object, whose "points" is read back.
+    """
     metadata = {
         "format": FORMAT,
         "model": str(model.name),
@@ -86,6 +92,29 @@ def save_weights(model: nn.Module, path: str | Path, *, trained_on: str) -> None
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic_write(path) as file:
         file.write(save(state, metadata))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name ("auto": a GPU when there is one), which is known to work then.
+
+    Raises:
+        RuntimeError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # AssertionError: torch without CUDA
+        raise RuntimeError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _points(trained_on: str) -> int | None:
+    try:
+        return int(json.loads(trained_on)["points"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _shape(state: dict[str, Any], key: str) -> tuple[int, ...] | None:

@@ -89,7 +89,7 @@ class EdgeConv(nn.Module):
         mean_a = F.embedding_bag(rows, a.flatten(0, 1), mode="mean")  # over each neighbourhood
         if self.training:
             # var(A_j + D_i) = var(A_j) + var(D_i) + 2 cov(A_j, D_i), each about its mean. What is left to cancel is A
-            # against D, where features are so smooth that all h_j - h_i are small beside h_i and the weights of h_i too.
+            # against D: where all h_j - h_i are small beside h_i, and so are the weights of h_i.
             all_a, all_d = mean_a.mean(0), d.mean(0)
             power_a = _degree(rows, mean_a) @ (a.flatten(0, 1) - all_a).square()
             var = power_a + ((d - all_d) * (d - all_d + 2 * (mean_a - all_a))).mean(0)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from reid3d.cloud import PointCloud
-from reid3d.data import open_dataset, validate_protocol
+from reid3d.data import BalancedSampler, open_dataset, validate_protocol
 from reid3d.io import DATASET_FILE, Record, write_shard
 
 POINTS = 12
@@ -28,7 +28,7 @@ def cloud(i):
     return PointCloud(xyz, rng.integers(0, 256, (POINTS, 3), np.uint8), np.arange(POINTS, dtype=np.int32))
 
 
-def write(root, people, per_shard=4):
+def write(root, people, per_shard=4, config=None, size=(3, 4), name="{}.jpg"):
     """Shards of at most `per_shard` clouds of one split, as a conversion would write them."""
     root.mkdir(exist_ok=True)
     shards = {}
@@ -36,8 +36,10 @@ def write(root, people, per_shard=4):
         mine = [(i, person) for i, person in enumerate(people) if person[0] == split]
         for k, start in enumerate(range(0, len(mine), per_shard)):
             chunk = mine[start : start + per_shard]
-            records = [Record(f"{i}.jpg", *person, (3, 4), (1.0, 0.0, 0.0)) for i, person in chunk]
-            write_shard(root / f"{split}-{k:05d}.safetensors", [cloud(i) for i, _ in chunk], records, config={})
+            records = [Record(name.format(i), *person, size, (1.0, 0.0, 0.0)) for i, person in chunk]
+            write_shard(
+                root / f"{split}-{k:05d}.safetensors", [cloud(i) for i, _ in chunk], records, config=config or {}
+            )
             shards[split] = k + 1
     (root / DATASET_FILE).write_text(json.dumps({"shards": shards}))
     return root
@@ -101,15 +103,23 @@ def test_items_index_like_a_sequence(root):
         train[6]
 
 
-def test_randomness_depends_on_seed_epoch_and_index_alone(root):
+def drawn(split, *items):
+    return [float(split[item][0][0, 0]) for item in items]
+
+
+def number(*seeds):
+    return np.float32(np.random.default_rng(seeds).random())
+
+
+def test_randomness_depends_on_seed_epoch_index_and_draw_alone(root):
     train = open_dataset(root).train
     split = train.with_transform(Draw(), seed=4)
     split.set_epoch(2)
-    expected = [np.float32(np.random.default_rng((4, 2, i)).random()) for i in range(6)]
-    assert [float(split[i][0][0, 0]) for i in (5, 0, 3)] == [expected[i] for i in (5, 0, 3)]
+    expected = {item: number(2, 4, 2, *item) for item in [(5, 0), (0, 0), (3, 0), (3, 1)]}
+    assert drawn(split, 5, 0, 3, *expected) == [expected[i, 0] for i in (5, 0, 3)] + list(expected.values())
     other = split.with_transform(Draw(), seed=4)
-    assert float(other[0][0][0, 0]) == np.float32(np.random.default_rng((4, 0, 0)).random())
-    assert float(split[0][0][0, 0]) == expected[0]
+    assert drawn(other, 0) == [number(2, 4, 0, 0, 0)]
+    assert drawn(split, 0) == [expected[0, 0]]
     assert train[0][0].shape == (4096, 3)  # its own transform still
 
 
@@ -126,6 +136,29 @@ def test_workers_give_the_same_items_and_see_the_epoch(root, context):
             seen.append(ours[0])
     assert not torch.equal(seen[0], seen[3])
     workers._iterator._shutdown_workers()
+
+
+def test_each_draw_of_a_cloud_is_another_in_workers_too(root):
+    split = open_dataset(root).train.with_transform(Draw(), seed=1)
+    sampler = BalancedSampler(np.zeros(6, np.int64), seed=3)
+    alone = [item for batch in DataLoader(split, batch_size=2, sampler=sampler) for item in zip(*batch, strict=True)]
+    loader = DataLoader(split, batch_size=2, sampler=sampler, num_workers=2)
+    workers = [item for batch in loader for item in zip(*batch, strict=True)]
+    clouds = [int(item[3]) for item in alone]
+    assert len(set(clouds)) < 6
+    assert len({float(item[0][0, 0]) for item in alone}) == 6
+    assert all(torch.equal(a[0], b[0]) and int(a[3]) == int(b[3]) for a, b in zip(alone, workers, strict=True))
+
+
+def test_the_fingerfirstis_of_the_content(tmp_path):
+    ones = write(tmp_path / "a", PEOPLE)
+    first = open_dataset(ones).train.fingerprint()
+    assert open_dataset(write(tmp_path / "b", PEOPLE)).train.fingerprint() == first
+    assert open_dataset(ones.rename(tmp_path / "c")).train.fingerprint() == first
+    assert open_dataset(write(tmp_path / "d", PEOPLE, config={"fitter": "another"})).train.fingerprint() != first
+    assert open_dataset(write(tmp_path / "e", PEOPLE, size=(4, 3))).train.fingerprint() != first
+    assert open_dataset(write(tmp_path / "f", PEOPLE[1:])).train.fingerprint() != first
+    assert open_dataset(write(tmp_path / "g", PEOPLE, name="\udcff{}.jpg")).train.fingerprint() != first
 
 
 def test_a_split_is_pickled(root):
