@@ -1,21 +1,22 @@
 """Crops to clouds: one image, or a folder into shards, in runs that can be stopped at any moment and begun again.
 
 An output folder holds SPLIT-00000.safetensors with its manifest SPLIT-00000.jsonl and so on (`reid3d.io`), dataset.json
-with the configuration and the number of shards, and failures.jsonl with {name, reason, bytes} of every file that gave
-no cloud. A shard is shard_size crops of one split, by position in the sorted list, so a run knows what is left to do.
+with the configuration and the number of shards, and failures.jsonl with {name, reason} of every file that gave none.
+A shard is shard_size crops of one split, by position in the sorted list, and carries a hash of their names and sizes in
+bytes, so a run knows what is left to do.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import re
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -29,20 +30,33 @@ from tqdm import tqdm
 
 from reid3d.cloud import PointCloud
 from reid3d.data.images import MAX_PIXELS, MIN_SIDE, ImageRecord, list_images, read_image
-from reid3d.io import DATASET_FILE, Record, Shard, atomic_write, library_version, manifest_path, write_shard
+from reid3d.io import (
+    DATASET_FILE,
+    Record,
+    Shard,
+    atomic_write,
+    hold_folder,
+    library_version,
+    manifest_path,
+    write_shard,
+)
 
 from .camera import project
 from .fit import Fitter
 from .mapping import map_images
 
+FORMAT = "reid3d-clouds-1"
 FAILURES_FILE = "failures.jsonl"
+LEFT_BEHIND = re.compile(
+    r"\.([a-z]+-\d{5}\.(safetensors|jsonl)|dataset\.json|failures\.jsonl)\.\d+\.tmp"
+)  # by a killed run
 DECODE_THREADS = 4
 SECONDS_BETWEEN_LINES = 30  # of progress, when stderr is not a terminal
 FARTHEST = 100.0  # metres: a fit with anything beyond, or a crop that spans more, is none
 NO_FIT = "no body could be fitted"
 
 Shards = dict[Path, list[ImageRecord]]
-Failures = dict[str, dict[str, Any]]
+Failures = dict[str, str]  # name: reason
 
 
 @dataclass(frozen=True)
@@ -145,11 +159,13 @@ def convert_folder(
     """Convert a folder of crops (see `reid3d.data.list_images`), or one image, into shards in the folder `out`.
 
     The same call again goes on where a stopped one ended, and the files come out the same. A file that cannot be used
-    is a line in failures.jsonl; it is tried again by a call that finds its size changed. size, fitter: as in `convert`.
+    is a line in failures.jsonl. A file that has another size in bytes than when it was converted or failed is converted
+    again, with its shard; a change that keeps the size goes unnoticed. size, fitter: as in `convert`.
 
     Raises: FileNotFoundError when `src` is missing; ValueError when nothing in it could be converted, `out` lies in
-        `src`, or `out` was begun with other images, another configuration or version; OSError when `out` cannot be
-        written (what was finished stays) or another conversion is writing there.
+        `src`, holds shards or reports that no conversion wrote (which stay as they are), or was begun with other
+        images, another configuration or version; OSError when `out` cannot be written (what was finished stays) or
+        another conversion is writing there.
     """
     src, out, size = Path(src), Path(out), _checked_size(size)
     for name, value in (("batch", batch), ("shard_size", shard_size)):
@@ -168,31 +184,35 @@ def convert_folder(
         for k, chunk in enumerate(_chunks(list(group), shard_size))
     }
     config = {
+        "format": FORMAT,
         "source": src.resolve().name,
         "images": len(images),
-        "names": hashlib.sha256(json.dumps([image.name for image in images]).encode()).hexdigest()[:16],
+        "names": _digest([image.name for image in images]),
         "size": list(size),
         "shard_size": shard_size,
         "fitter": weights_hash(fitter),
         "version": library_version("reid3d"),
         "shards": dict(Counter(path.name.split("-")[0] for path in shards)),
     }
+    sources = {path: _digest([(i.name, _bytes(i.path)) for i in chunk]) for path, chunk in shards.items()}
+    _read_config(out)  # nothing is written into a folder of something else
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
-        for stale in out.glob(".*.tmp"):
-            stale.unlink()
+    with hold_folder(out, "out: another conversion"):
         _claim(out, config)
+        for path in out.iterdir():
+            if LEFT_BEHIND.fullmatch(path.name):
+                path.unlink()
         failures = _read_failures(out / FAILURES_FILE)
-        todo, skipped = _divide(shards, failures)
+        todo, skipped = _divide(shards, sources, failures)
         listed = {image.name for image in images}
-        failures = {name: line for name, line in failures.items() if name in listed}
-        failures.update({name: {"name": name, "reason": reason} for name, reason in rejected})
+        failures = {name: reason for name, reason in failures.items() if name in listed}
+        failures.update(rejected)
         start, written = time.perf_counter(), 0
         with closing(_convert_shards(todo, size, batch, fitter, progress)) as finished:
             for path, clouds, records, failed in finished:
-                failures.update({line["name"]: line for line in failed})
+                failures.update(failed)
                 _write_failures(out / FAILURES_FILE, failures)  # before the shard, which marks them as dealt with
-                write_shard(path, clouds, records, config=config)
+                write_shard(path, clouds, records, config={**config, "sources": sources[path]})
                 written += len(clouds)
         _write_failures(out / FAILURES_FILE, failures)
         seconds = time.perf_counter() - start
@@ -205,8 +225,10 @@ def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
     height, width = size
     if not (isinstance(height, int) and isinstance(width, int)):
         raise TypeError(f"size must be two integers (H, W), got {size}")
-    if min(size) < MIN_SIDE or height * width > MAX_PIXELS:
+    if min(size) < MIN_SIDE:
         raise ValueError(f"size must be (H, W) of at least {MIN_SIDE} pixels each, got {size}")
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"size must be (H, W) of at most {MAX_PIXELS // 1_000_000} megapixels, got {size}")
     return height, width
 
 
@@ -214,46 +236,55 @@ def _chunks(items: list[ImageRecord], length: int) -> list[list[ImageRecord]]:
     return [items[i : i + length] for i in range(0, len(items), length)]
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold `out` for this process; the system lets go of it however the process ends."""
-    with open(out / ".lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"out: another conversion is writing into {out}") from None
-        yield
+def _digest(values: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _read_config(out: Path) -> dict[str, Any]:
+    """What dataset.json says of the conversion that made `out`; {} before there was one.
+
+    Raises: ValueError when `out` holds a dataset.json, shards or reports that no conversion wrote.
+    """
+    foreign = [path.name for pattern in ("*.safetensors", "*.jsonl") for path in sorted(out.glob(f"[!.]{pattern}"))]
+    try:
+        found = json.loads((out / DATASET_FILE).read_bytes())
+        if isinstance(found, dict) and found.get("format") == FORMAT:
+            return found
+        foreign = [DATASET_FILE]
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except ValueError:
+        foreign = [DATASET_FILE]
+    if foreign:
+        raise ValueError(f"out holds files that no conversion wrote: {out / foreign[0]}")
+    return {}
 
 
 def _claim(out: Path, config: dict[str, Any]) -> None:
     """Write `config` into an `out` without shards; compare it with the one that those there were made by."""
-    path = out / DATASET_FILE
+    found = _read_config(out)
     if not any(out.glob("[!.]*.safetensors")):
-        with atomic_write(path) as file:
+        with atomic_write(out / DATASET_FILE) as file:
             file.write(json.dumps(config, indent=2).encode() + b"\n")
         return
-    try:
-        found = dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        raise ValueError(f"out holds files that no conversion wrote: {out}") from None
     if different := [key for key in {**config, **found} if config.get(key) != found.get(key)]:
         changes = ", ".join(f"{key} was {found.get(key)}, is {config.get(key)}" for key in different)
         raise ValueError(f"out was begun otherwise; choose another folder than {out} ({changes})")
 
 
-def _divide(shards: Shards, failures: Failures) -> tuple[Shards, int]:
-    """The shards still to be made, and the number of clouds in the others."""
+def _divide(shards: Shards, sources: Mapping[Path, str], failures: Failures) -> tuple[Shards, int]:
+    """The shards still to be made, whose failures are forgotten, and the number of clouds in the others."""
     todo, skipped = {}, 0
     for path, images in shards.items():
-        failed = [image for image in images if image.name in failures]
-        changed = any(failures[image.name]["bytes"] != _bytes(image.path) for image in failed)
-        if manifest_path(path).exists() and path.exists() and not changed:
-            skipped += len(Shard(path))
-        else:
-            manifest_path(path).unlink(missing_ok=True)
-            todo[path] = images
-            for image in failed:
-                del failures[image.name]
+        if manifest_path(path).exists() and path.exists():
+            shard = Shard(path)
+            if json.loads(shard.metadata["config"])["sources"] == sources[path]:
+                skipped += len(shard)
+                continue
+        manifest_path(path).unlink(missing_ok=True)
+        todo[path] = images
+        for image in images:
+            failures.pop(image.name, None)
     return todo, skipped
 
 
@@ -266,33 +297,34 @@ def _read_failures(path: Path) -> Failures:
         return {}
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return {line["name"]: line for line in lines if "bytes" in line}
+        return {line["name"]: line["reason"] for line in lines}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not a failure report: {error}") from error
 
 
 def _write_failures(path: Path, failures: Failures) -> None:
     with atomic_write(path) as file:
-        file.writelines(f"{json.dumps(failures[name])}\n".encode() for name in sorted(failures))
+        lines = [json.dumps({"name": name, "reason": failures[name]}) for name in sorted(failures)]
+        file.writelines(f"{line}\n".encode() for line in lines)
 
 
 def _convert_shards(
     shards: Shards, size: tuple[int, int], batch: int, fitter: Fitter, progress: bool
-) -> Generator[tuple[Path, list[PointCloud], list[Record], list[dict[str, Any]]]]:
+) -> Generator[tuple[Path, list[PointCloud], list[Record], Failures]]:
     """For each shard its path, clouds, records and failures; crops are decoded one batch ahead of the fitter."""
     bar = _Progress(sum(map(len, shards.values())), progress)
     pool = ThreadPoolExecutor(DECODE_THREADS)
     try:
         decoded = _read_ahead(pool, [chunk for images in shards.values() for chunk in _chunks(images, batch)], size)
         for path, images in shards.items():
-            clouds, records, failed = [], [], []
+            clouds, records, failed = [], [], {}
             for chunk in _chunks(images, batch):
                 crops = next(decoded)
                 fitted = iter(fit_crops(good, fitter) if (good := [c for c in crops if not isinstance(c, str)]) else [])
                 for image, crop in zip(chunk, crops, strict=True):
                     result = crop if isinstance(crop, str) else next(fitted) or NO_FIT
                     if isinstance(result, str):
-                        failed.append({"name": image.name, "reason": result, "bytes": _bytes(image.path)})
+                        failed[image.name] = result
                     else:
                         clouds.append(result.cloud)
                         who = (image.name, image.split, image.pid, image.camid, image.time)

@@ -100,6 +100,8 @@ def test_what_convert_refuses(tmp_path):
         convert(Image.new("RGB", (64, 128)), fitter=CubeFitter())
     with pytest.raises(ValueError, match=r"size must be .* at least 8 .*, got \(4, 64\)"):
         convert(Image.new("RGB", (64, 128)), size=(4, 64), fitter=CubeFitter())
+    with pytest.raises(ValueError, match=r"size must be .* at most 50 megapixels, got \(9000, 9000\)"):
+        convert(Image.new("RGB", (64, 128)), size=(9000, 9000), fitter=CubeFitter())
     with pytest.raises(TypeError, match=r"size must be two integers .*, got \(128.0, 64\)"):
         convert(Image.new("RGB", (64, 128)), size=(128.0, 64), fitter=CubeFitter())
 
@@ -147,12 +149,12 @@ def test_a_plain_folder(tmp_path):
     record = split.records[3]
     assert record.size == (128, 64)
     assert record.cam[0] == pytest.approx(0.8) and record.cam[1] == pytest.approx(80 / 255 * 0.2, abs=0.001)
-    assert record.quality == {"visible": 4 / V, "inside": 1.0}
+    assert record.quality == {"visible": 2 / V, "inside": 1.0}  # the left corners miss the centres of their pixels
 
 
 def test_quality_counts_what_falls_outside(tmp_path):
     crop(tmp_path / "a.png", 250)
-    run(tmp_path / "a.png", tmp_path / "out", fitter=CubeFitter(half=0.55))  # its right side leaves the crop
+    run(tmp_path / "a.png", tmp_path / "out", fitter=CubeFitter(half=0.56))  # its right side leaves the crop
     assert open_dataset(tmp_path / "out").all.records[0].quality == {"visible": 0.25, "inside": 0.5}
 
 
@@ -245,6 +247,25 @@ def test_a_file_that_failed_is_tried_again_once_it_changed(mixed, tmp_path):
     assert (report.written, report.skipped, report.failed) == (2, 8, 6)  # its shard is made again
     run(mixed, tmp_path / "fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_crop_that_changed_is_converted_again_with_its_shard(tmp_path):
+    src, out = plain(tmp_path / "crops"), tmp_path / "out"
+    run(src, out)
+    before = contents(out)
+    crop(src / "05.png", 240, shape=(70, 140))
+    report = run(src, out)
+    assert (report.written, report.skipped, report.failed) == (4, 6, 0)
+    assert {name for name, data in contents(out).items() if data != before[name]} == {
+        "all-00001.safetensors",
+        "all-00001.jsonl",
+    }
+    run(src, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+    (src / "05.png").write_bytes(b"no picture any more")
+    report = run(src, out)
+    assert (report.written, report.skipped, report.failed) == (3, 6, 1)
+    assert failures(out) == {"05.png": "not a JPEG, PNG, BMP or WebP image"}
 
 
 def test_the_bytes_depend_neither_on_threads_nor_on_when_it_ran(mixed, tmp_path, monkeypatch):
@@ -392,11 +413,39 @@ def test_an_output_begun_otherwise_is_refused_and_left_alone(tmp_path):
     assert contents(out) == before
 
 
-def test_an_output_with_foreign_files_is_refused(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "model.safetensors").touch()
-    with pytest.raises(ValueError, match=f"out holds files that no conversion wrote: {tmp_path / 'out'}"):
-        run(plain(tmp_path / "crops", 1), tmp_path / "out")
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("model.safetensors", ""),
+        ("failures.jsonl", '{"mine": 1}'),
+        ("notes.jsonl", ""),
+        ("dataset.json", '{"mine": 1}'),
+        ("dataset.json", '{"shards": {"all": 1}}'),
+        ("dataset.json", "[1]"),
+        ("dataset.json", "\xff no JSON"),
+    ],
+)
+def test_an_output_with_foreign_files_is_refused_and_left_alone(tmp_path, name, text):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(text, encoding="latin-1")
+    (out / ".all-00000.jsonl.12.tmp").touch()
+    with pytest.raises(ValueError, match=f"out holds files that no conversion wrote: {out / name}"):
+        run(plain(tmp_path / "crops", 1), out)
+    assert sorted(path.name for path in out.iterdir()) == sorted([name, ".all-00000.jsonl.12.tmp"])
+    assert (out / name).read_text(encoding="latin-1") == text
+
+
+def test_only_what_a_killed_conversion_left_is_cleaned_up(tmp_path):
+    src, out = plain(tmp_path / "crops", 1), tmp_path / "out"
+    mine = [".all-00000.safetensors.12.tmp", ".query-00003.jsonl.9.tmp", ".dataset.json.7.tmp", ".failures.jsonl.8.tmp"]
+    foreign = [".notes.tmp", ".notes.jsonl.12.tmp", ".all-00000.safetensors.tmp", "all-00000.jsonl.12.tmp", "notes.txt"]
+    out.mkdir()
+    for name in mine + foreign:
+        (out / name).write_text("text")
+    run(src, out)
+    left = {path.name for path in out.iterdir()}
+    assert left.issuperset(foreign) and left.isdisjoint(mine)
 
 
 def test_an_output_inside_the_source_is_refused(tmp_path):
@@ -431,6 +480,7 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(tmp_path, mo
 def test_shards_say_how_they_were_made(tmp_path):
     run(plain(tmp_path / "crops", 2), tmp_path / "out")
     config = json.loads(Shard(tmp_path / "out" / "all-00000.safetensors").metadata["config"])
+    assert len(config.pop("sources")) == 16
     assert config == json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert config["size"] == [128, 64] and config["images"] == 2 and config["source"] == "crops"
     assert config["shards"] == {"all": 1}
