@@ -1,7 +1,7 @@
 """Crops to clouds: one image, or a folder into shards, in runs that can be stopped at any moment and begun again.
 
 An output folder holds SPLIT-00000.safetensors with its manifest SPLIT-00000.jsonl and so on (`reid3d.io`), dataset.json
-with the configuration and the number of shards, and failures.jsonl with {name, reason} of every file that gave none.
+with the configuration and the number of shards, and failures.jsonl: {name, reason} of the files that gave no cloud.
 A shard is shard_size crops of one split, by position in the sorted list, and carries a hash of their names and sizes in
 bytes, so a run knows what is left to do.
 """
@@ -47,9 +47,9 @@ from .mapping import map_images
 
 FORMAT = "reid3d-clouds-1"
 FAILURES_FILE = "failures.jsonl"
-LEFT_BEHIND = re.compile(
-    r"\.([a-z]+-\d{5}\.(safetensors|jsonl)|dataset\.json|failures\.jsonl)\.\d+\.tmp"
-)  # by a killed run
+LEFT_BEHIND = re.compile(  # temporary files of a run that was killed
+    r"\.((train|query|gallery|all)-\d{5,}\.(safetensors|jsonl)|dataset\.json|failures\.jsonl)\.\d+\.tmp"
+)
 DECODE_THREADS = 4
 SECONDS_BETWEEN_LINES = 30  # of progress, when stderr is not a terminal
 FARTHEST = 100.0  # metres: a fit with anything beyond, or a crop that spans more, is none
@@ -278,7 +278,7 @@ def _divide(shards: Shards, sources: Mapping[Path, str], failures: Failures) -> 
     for path, images in shards.items():
         if manifest_path(path).exists() and path.exists():
             shard = Shard(path)
-            if json.loads(shard.metadata["config"])["sources"] == sources[path]:
+            if json.loads(shard.metadata.get("config", "{}")).get("sources") == sources[path]:
                 skipped += len(shard)
                 continue
         manifest_path(path).unlink(missing_ok=True)
