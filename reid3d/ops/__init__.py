@@ -1,8 +1,9 @@
-"""Point-cloud ops on (B,N,D) tensors: the same contract, and the same indices, on every device.
+"""Point-cloud ops on (B,N,D) tensors: one contract, and from the compiled kernels the same indices on every device.
 
 Each op is one file: contract, wrapper, plain-torch reference, schema, fake kernel, gradient. The compiled kernels in
 reid3d/_C.so (CPU) and reid3d/_C_cuda.so replace the references on their device; REID3D_NO_EXTENSION=1 in the
-environment leaves them out.
+environment leaves them out. The references round float32 distances almost always as the kernels do
+(`knn.squared_distances`).
 """
 
 import os

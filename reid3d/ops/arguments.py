@@ -1,5 +1,7 @@
 """What every op demands of its arguments, and the words in which it says so."""
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,12 @@ def check_rows(name: str, x: Tensor, dims: int | None = None) -> None:
         raise ValueError(f"{name} must have shape (B, N, {dims or 'D'}), got {tuple(x.shape)}")
 
 
+def check_not_empty(name: str, x: Tensor) -> None:
+    """x, (B,N,D), has points to choose from."""
+    if x.shape[1] == 0:
+        raise ValueError(f"{name} must hold at least one point, got {tuple(x.shape)}")
+
+
 def check_same_cloud_batch(name: str, x: Tensor, other: str, y: Tensor) -> None:
     """Two (B,·,D) tensors that can be compared with each other."""
     if x.dtype != y.dtype:
@@ -30,10 +38,16 @@ def check_same_cloud_batch(name: str, x: Tensor, other: str, y: Tensor) -> None:
         raise ValueError(f"{name} and {other} must agree in B and D, got {tuple(x.shape)} and {tuple(y.shape)}")
 
 
-def check_int(name: str, value: int, low: int, high: int | None = None, what: str = "") -> None:
-    """low <= value <= high, where `what` says in words what high is."""
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+def check_int(name: str, value: int, low: int, high: int | None = None, what: str = "") -> int:
+    """An int of any kind, NumPy's too, low <= value <= high, where `what` says in words what high is."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got bool")
+    if not isinstance(value, (int, torch.SymInt)):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
     if value < low or (high is not None and value > high):
         limit = f"at least {low}" if high is None else f"between {low} and {high}, {what}"
         raise ValueError(f"{name} must be {limit}, got {value}")
+    return value

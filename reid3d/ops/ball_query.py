@@ -1,9 +1,11 @@
 """Ball query: the neighbours within a radius."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
-from .arguments import check_int, check_points, check_same_cloud_batch
+from .arguments import check_int, check_not_empty, check_points, check_same_cloud_batch
 from .knn import query_blocks, squared_distances
 
 
@@ -31,14 +33,13 @@ def ball_query(centers: Tensor, points: Tensor, radius: float, k: int) -> Tensor
     centers = check_points("centers", centers, dims=3)
     points = check_points("points", points, dims=3)
     check_same_cloud_batch("centers", centers, "points", points)
-    if not isinstance(radius, (float, int)) or isinstance(radius, bool):
+    if not isinstance(radius, Real) or isinstance(radius, bool):
         raise TypeError(f"radius must be a float, got {type(radius).__name__}")
     if not radius > 0:
         raise ValueError(f"radius must be greater than 0, got {radius}")
-    if points.shape[1] == 0:
-        raise ValueError(f"points must hold at least one point, got {tuple(points.shape)}")
-    check_int("k", k, 1)
-    return torch.ops.reid3d.ball_query(centers, points, radius, k)
+    check_not_empty("points", points)
+    k = check_int("k", k, 1)
+    return torch.ops.reid3d.ball_query(centers, points, float(radius), k)
 
 
 def ball_query_reference(centers: Tensor, points: Tensor, radius: float, k: int) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .arguments import check_int, check_points
+from .arguments import check_int, check_not_empty, check_points
 from .knn import squared_distances
 
 
@@ -15,7 +15,7 @@ def farthest_point_sample(xyz: Tensor, m: int, start: int = 0) -> Tensor:
     which it stops working: clouds in millimetres and points near the origin are points like any other.
 
     Args:
-        xyz: (B,N,3) floating point. float16 and bfloat16 are read as float32.
+        xyz: (B,N,3) floating point, N >= 1. float16 and bfloat16 are read as float32.
         m: number of points to pick, 0 <= m <= N.
         start: index of the first point picked, 0 <= start < N.
 
@@ -29,8 +29,9 @@ def farthest_point_sample(xyz: Tensor, m: int, start: int = 0) -> Tensor:
     within 3 cm of the origin and repeats indices when points coincide.
     """
     xyz = check_points("xyz", xyz, dims=3)
-    check_int("m", m, 0, xyz.shape[1], "the number of points")
-    check_int("start", start, 0, xyz.shape[1] - 1, "the last point")
+    check_not_empty("xyz", xyz)
+    m = check_int("m", m, 0, xyz.shape[1], "the number of points")
+    start = check_int("start", start, 0, xyz.shape[1] - 1, "the last point")
     return torch.ops.reid3d.farthest_point_sample(xyz, m, start)
 
 

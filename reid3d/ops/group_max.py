@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .arguments import check_rows
+from .arguments import check_not_empty, check_rows
 
 MAX_GROUP = 32767  # the slot of the winner is kept in an int16
 
@@ -11,8 +11,9 @@ MAX_GROUP = 32767  # the slot of the winner is kept in an int16
 def group_max(feats: Tensor, idx: Tensor) -> Tensor:
     """The channel-wise maximum of every group of points, out[b,m,c] = max over k of feats[b, idx[b,m,k], c].
 
-    The gathered (B,M,K,C) tensor is never formed. The gradient lands on the winner only, the lowest k among equal ones;
-    its summation order is fixed, so forward and backward are deterministic. A NaN wins, as in torch.amax.
+    The gathered (B,M,K,C) tensor is never formed. The gradient lands on the winner only, the lowest k among equal ones.
+    A NaN wins, as in torch.amax. The forward pass is deterministic, and so is the gradient of the compiled kernels and
+    on the CPU, for its order of summation is fixed; plain torch on CUDA adds gradients in any order.
 
     Args:
         feats: (B,N,C) float16, bfloat16, float32 or float64.
@@ -36,6 +37,8 @@ def group_max(feats: Tensor, idx: Tensor) -> Tensor:
         raise ValueError(
             f"idx must have shape ({feats.shape[0]}, M, K) with 1 <= K <= {MAX_GROUP}, got {tuple(idx.shape)}"
         )
+    if idx.numel() > 0:
+        check_not_empty("feats", feats)
     return torch.ops.reid3d.group_max(feats, idx)[0]
 
 

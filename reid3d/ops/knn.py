@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import check_int, check_points, check_same_cloud_batch
+from .arguments import check_int, check_not_empty, check_points, check_same_cloud_batch
 
 
 class KNN(NamedTuple):
@@ -20,11 +20,13 @@ def knn(query: Tensor, points: Tensor, k: int) -> KNN:
 
     Distances are differences of coordinates, never |q|^2 + |p|^2 - 2qp, so clouds far from the origin keep their
     neighbours. Equal distances are ordered by index, on every device. A point finds itself when query is points.
-    A squared distance that is NaN or overflows counts as +inf, so such points come last.
+    A squared distance that is NaN or overflows counts as +inf, so such points come last. The compiled kernels give the
+    same bits on every device; without them a float32 distance can rarely differ in its last bit
+    (`squared_distances`), and with it the order of points that are as near.
 
     Args:
         query: (B,M,D) floating point. float16 and bfloat16 are read as float32.
-        points: (B,N,D), same dtype and device.
+        points: (B,N,D), same dtype and device, N >= 1.
         k: number of neighbours, 1 <= k <= N.
 
     Returns:
@@ -39,15 +41,18 @@ def knn(query: Tensor, points: Tensor, k: int) -> KNN:
     query = check_points("query", query)
     points = check_points("points", points)
     check_same_cloud_batch("query", query, "points", points)
-    check_int("k", k, 1, points.shape[1], "the number of points")
+    check_not_empty("points", points)
+    k = check_int("k", k, 1, points.shape[1], "the number of points")
     return KNN(*torch.ops.reid3d.knn(query, points, k))
 
 
 def squared_distances(query: Tensor, points: Tensor) -> Tensor:
     """All squared distances (B,M,D) x (B,N,D) -> (B,M,N), in the dtype of the input; NaN becomes +inf.
 
-    The same roundings as the compiled kernels: coordinate after coordinate, acc = d * d + acc, where float32 is fused
-    (rounded once) and float64 is not. The product of two float32 is exact in float64, hence the detour.
+    The roundings of the compiled kernels: coordinate after coordinate, acc = d * d + acc, where float32 is fused
+    (rounded once) and float64 is not. Here d * d of float32 is exact in float64, and the sum is rounded to float64 and
+    then to float32. The result is the fused one, except where the float64 sum lies exactly midway between two float32
+    numbers and the true sum does not, which is rare: then the last bit may differ.
     """
     acc = query.new_zeros((query.shape[0], query.shape[1], points.shape[1]))
     for q, p in zip(query.unbind(2), points.unbind(2), strict=True):

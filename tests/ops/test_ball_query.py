@@ -1,5 +1,6 @@
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,6 +74,12 @@ def test_non_contiguous(device, rng):
     assert torch.equal(ball_query(strided[:, ::2], strided, 0.3, 8), ball_query(xyz[:, ::2].contiguous(), xyz, 0.3, 8))
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_numpy_numbers_are_numbers(kind, device, rng):
+    xyz = cloud("grid", 60, rng).to(device)
+    assert torch.equal(ball_query(xyz, xyz, kind(2), np.int16(8)), ball_query(xyz, xyz, 2.0, 8))
+
+
 def test_opcheck(device, rng):
     xyz = cloud("random", 20, rng).to(device, torch.float32)
     torch.library.opcheck(torch.ops.reid3d.ball_query.default, (xyz[:, :5], xyz, 0.3, 4))
@@ -98,6 +105,8 @@ XYZ = torch.zeros(2, 5, 3)
         (XYZ, XYZ[:, :0], 1.0, 1, ValueError, r"points must hold at least one point, got \(2, 0, 3\)"),
         (XYZ, XYZ, 0.0, 1, ValueError, "radius must be greater than 0, got 0.0"),
         (XYZ, XYZ, float("nan"), 1, ValueError, "radius must be greater than 0, got nan"),
+        (XYZ, XYZ, np.float32(-1), 1, ValueError, "radius must be greater than 0, got -1"),
+        (XYZ, XYZ, True, 1, TypeError, "radius must be a float, got bool"),
         (XYZ, XYZ, "1", 1, TypeError, "radius must be a float, got str"),
         (XYZ, XYZ, 1.0, 0, ValueError, "k must be at least 1, got 0"),
     ],

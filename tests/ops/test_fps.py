@@ -95,6 +95,11 @@ def test_non_contiguous(device, rng):
     assert torch.equal(farthest_point_sample(strided, 20), farthest_point_sample(strided.contiguous(), 20))
 
 
+def test_numpy_numbers_are_numbers(device, rng):
+    xyz = cloud("random", 20, rng).to(device)
+    assert torch.equal(farthest_point_sample(xyz, np.int64(6), np.uint8(3)), farthest_point_sample(xyz, 6, 3))
+
+
 def test_opcheck(device, rng):
     xyz = cloud("random", 20, rng).to(device, torch.float32)
     torch.library.opcheck(torch.ops.reid3d.farthest_point_sample.default, (xyz, 5, 0))
@@ -127,6 +132,7 @@ XYZ = torch.zeros(2, 5, 3)
         (XYZ, 6, 0, ValueError, "m must be between 0 and 5, the number of points, got 6"),
         (XYZ, -1, 0, ValueError, "m must be between 0 and 5, the number of points, got -1"),
         (XYZ, 1.5, 0, TypeError, "m must be an int, got float"),
+        (XYZ[:, :0], 0, 0, ValueError, r"xyz must hold at least one point, got \(2, 0, 3\)"),
         (XYZ, 1, 5, ValueError, "start must be between 0 and 4, the last point, got 5"),
         (XYZ, 1, -1, ValueError, "start must be between 0 and 4, the last point, got -1"),
     ],

@@ -132,6 +132,7 @@ FEATS, IDX = torch.zeros(2, 5, 3), torch.zeros(2, 4, 3, dtype=torch.int64)
     [
         (FEATS.long(), IDX, TypeError, "feats must be floating point, got torch.int64"),
         (FEATS[0], IDX, ValueError, r"feats must have shape \(B, N, D\), got \(5, 3\)"),
+        (FEATS[:, :0], IDX, ValueError, r"feats must hold at least one point, got \(2, 0, 3\)"),
         (FEATS, IDX.int(), TypeError, "idx must be an int64 tensor, got torch.int32"),
         (FEATS, [[0]], TypeError, "idx must be an int64 tensor, got list"),
         (FEATS, IDX[:1], ValueError, r"idx must have shape \(2, M, K\) with 1 <= K <= 32767, got \(1, 4, 3\)"),

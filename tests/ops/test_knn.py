@@ -1,8 +1,10 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 
-from reid3d.ops import KNN, knn, knn_reference
+from reid3d.ops import KNN, backend, knn, knn_reference
 
 from .clouds import KINDS, cloud, exact_distances
 
@@ -52,6 +54,21 @@ def test_a_large_cloud_equals_the_reference(device, rng):
     result, expected = knn(xyz, xyz, 20), knn_reference(xyz, xyz, 20)
     assert torch.equal(result.idx, expected[1]) and torch.equal(result.dist2, expected[0])
     assert torch.equal(result.idx[0, :, 0].cpu(), torch.arange(4096))  # every point finds itself
+
+
+@pytest.mark.parametrize("differences", [(2.0**-30, 4097.0), (71.44227600097656, 11913852.0)])
+def test_kernels_round_once_where_the_reference_rounds_twice(differences, device):
+    # the float64 sum lies midway between two float32 numbers; the true sum of the first is above it, of the second below
+    query = torch.tensor([[differences]], device=device)
+    twice = knn_reference(query, torch.zeros_like(query), 1)[0].item()
+    first, second = (Fraction(d) ** 2 for d in differences)
+    exact = Fraction(float(np.float32(float(first)))) + second
+    once = min(
+        (float(np.nextafter(np.float32(twice), np.float32(to))) for to in (0, np.inf)), key=lambda x: abs(x - exact)
+    )
+    assert abs(once - exact) < abs(twice - exact)
+    compiled = {"cpu": "cpp", "cuda": "cuda"}[device.type] in backend()
+    assert knn(query, torch.zeros_like(query), 1).dist2.item() == (once if compiled else twice)
 
 
 def test_far_from_the_origin_no_neighbour_is_lost(device, rng):
@@ -149,6 +166,11 @@ def test_autocast_computes_in_float32(device, rng):
     assert torch.equal(result.idx, knn(xyz, xyz, 5).idx)
 
 
+def test_numpy_numbers_are_numbers(device, rng):
+    xyz = cloud("random", 20, rng).to(device)
+    assert torch.equal(knn(xyz, xyz, np.int32(4)).idx, knn(xyz, xyz, 4).idx)
+
+
 def test_names(device):
     assert KNN._fields == ("dist2", "idx")
     assert isinstance(knn(torch.zeros(1, 1, 3, device=device), torch.zeros(1, 1, 3, device=device), 1), KNN)
@@ -169,6 +191,9 @@ XYZ = torch.zeros(2, 5, 3)
         (XYZ, XYZ.to("meta"), 1, ValueError, "query and points must be on one device, got cpu and meta"),
         (XYZ, XYZ, 6, ValueError, "k must be between 1 and 5, the number of points, got 6"),
         (XYZ, XYZ, 0, ValueError, "k must be between 1 and 5, the number of points, got 0"),
+        (XYZ, XYZ[:, :0], 1, ValueError, r"points must hold at least one point, got \(2, 0, 3\)"),
+        (XYZ, XYZ, np.float32(2), TypeError, "k must be an int, got float32"),
+        (XYZ, XYZ, np.int64(6), ValueError, "k must be between 1 and 5, the number of points, got 6"),
         (XYZ, XYZ, 2.0, TypeError, "k must be an int, got float"),
         (XYZ, XYZ, True, TypeError, "k must be an int, got bool"),
     ],
