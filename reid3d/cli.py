@@ -75,16 +75,16 @@ def _parser() -> _Parser:
 
     synth = command("synth", "write synthetic pedestrians in the layout of Market-1501")
     synth.add_argument("out", metavar="OUT", type=Path, help="folder to write")
-    _number(synth, "--ids", 32, "identities, half of them for training")
-    _number(synth, "--cams", 4, "cameras")
-    _number(synth, "--images", 4, "images per identity and camera")
-    _number(synth, "--seed", 0, "same seed, same bytes", least=0)
+    _number(synth, "--ids", 32, "identities, half of them for training", least=2, most=9000)
+    _number(synth, "--cams", 4, "cameras", least=2, most=6)
+    _number(synth, "--images", 4, "images per identity and camera", least=2, most=1000)
+    _number(synth, "--seed", 0, "same seed, same bytes", least=0, most=2**63)
 
     convert = command("convert", "turn pedestrian crops into clouds; a second call goes on where the first stopped")
     convert.add_argument("src", metavar="SRC", type=Path, help="folder in Market-1501's layout or any other, or image")
     convert.add_argument("out", metavar="OUT", type=Path, help="folder of shards to write")
-    _number(convert, "--height", 128, "height in pixels that crops are resized to")
-    _number(convert, "--width", 64, "width in pixels that crops are resized to")
+    _number(convert, "--height", 128, "height in pixels that crops are resized to", least=8)
+    _number(convert, "--width", 64, "width in pixels that crops are resized to", least=8)
     _number(convert, "--batch", 64, "crops fitted at once")
     _number(convert, "--shard-size", 1024, "clouds per file")
 
@@ -116,10 +116,18 @@ def _parser() -> _Parser:
     return parser
 
 
-def _number(parser: argparse.ArgumentParser, flag: str, default: int | None, help: str, least: int = 1) -> None:
+def _number(
+    parser: argparse.ArgumentParser,
+    flag: str,
+    default: int | None,
+    help: str,
+    least: int = 1,
+    most: int | None = None,
+) -> None:
     def number(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and int(text) >= least):
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        if not (text.isascii() and text.isdigit() and least <= int(text) <= (most or int(text))):
+            rule = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {rule}, got {text!r}")
         return int(text)
 
     help += "" if default is None else " (default: %(default)s)"
@@ -152,7 +160,10 @@ def _train(options: argparse.Namespace) -> None:
         parser.print_help()
         return
     words = list(options.config)
-    recipe = words.pop(0) if words and not words[0].startswith("-") else None
+    # Each option takes one value, as --key VALUE or --key=VALUE; the first word that is neither is the recipe.
+    values = {n + 1 for n, word in enumerate(words) if word.startswith("--") and "=" not in word}
+    at = next((n for n, word in enumerate(words) if n not in values and not word.startswith("-")), None)
+    recipe = None if at is None else words.pop(at)
     try:
         config = read_config(recipe, words)
     except ValueError as error:
@@ -175,9 +186,10 @@ def _eval(options: argparse.Namespace) -> None:
 
     from .data import open_dataset, validate_protocol
     from .data.transforms import EvalTransform
-    from .models import create_model
+    from .models import create_model, resolve_device
     from .retrieval import evaluate, extract
 
+    device = resolve_device(options.device)
     dataset = open_dataset(options.data)
     splits = {"query": dataset.query, "gallery": dataset.gallery}
     for name, split in splits.items():
@@ -188,14 +200,14 @@ def _eval(options: argparse.Namespace) -> None:
     model = create_model(weights=weights)
     with safe_open(weights, framework="numpy") as file:
         trained_on = file.metadata()["trained_on"]
-    transform = EvalTransform(points=options.points or _trained_points(trained_on))
+    points = options.points or getattr(model, "points", None) or EvalTransform().points
     folder = options.features or weights.parent / "features"
     folder.mkdir(parents=True, exist_ok=True)
-    device = _device(options.device)
-    features = {}
-    for name, split in splits.items():
-        source = split.with_transform(transform)
-        features[name] = extract(model, source, batch=options.batch, workers=options.workers, device=device)
+    features = {
+        name: extract(model, split, points=points, batch=options.batch, workers=options.workers, device=device)
+        for name, split in splits.items()
+    }
+    for name in splits:  # all there before one is written: they belong together
         features[name].save(_feature_file(folder, name))
     result = evaluate(features["query"], features["gallery"], ap=options.ap)
     print(format_result(result))
@@ -205,7 +217,7 @@ def _eval(options: argparse.Namespace) -> None:
             "weights": str(weights),
             "trained_on": trained_on,
             "data": str(options.data),
-            "points": transform.points,
+            "points": points,
             "rank1": result.cmc[0],
             "rank5": result.cmc[4],
             "rank10": result.cmc[9],
@@ -239,20 +251,6 @@ def format_result(result: Result) -> str:
     return "\n".join([*lines, f"single query, cross camera: {counts}"])
 
 
-def _trained_points(trained_on: str) -> int:
-    """Points per cloud that the weights were trained with; the published 4096 where they do not say."""
-    try:
-        return int(json.loads(trained_on)["points"])
-    except (ValueError, TypeError, KeyError):
-        return 4096
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
 def _feature_file(folder: Path, split: str) -> Path:
     return folder / f"{split}.safetensors"
 
@@ -265,6 +263,12 @@ def _view(options: argparse.Namespace) -> None:
     from .viewer import view
 
     query, gallery = (Features.load(_feature_file(options.features, split)) for split in ("query", "gallery"))
+    if (query.made_by, query.source) != (gallery.made_by, gallery.source):
+        raise ValueError(f"query and gallery in {options.features} do not belong together: run reid3d eval again")
+    if not (options.data or Path(query.source).is_dir()):
+        raise FileNotFoundError(
+            f"the clouds were in {query.source}, which is not there: --data DIR says where they are"
+        )
     dataset = open_dataset(options.data) if options.data else None
     ranks = search(query, gallery, cross_camera=True)
     print(view(ranks, options.out, dataset=dataset, queries=options.queries))

@@ -73,9 +73,12 @@ def test_help_and_version(capsys):
         ([], "a command is needed: synth, convert, train, eval, view, doctor"),
         (["evaluate"], "invalid choice: 'evaluate'"),
         (["synth"], "the following arguments are required: OUT"),
-        (["synth", "out", "--ids", "0"], "argument --ids: must be a whole number of at least 1, got '0'"),
-        (["synth", "out", "--seed", "-1"], "argument --seed: must be a whole number of at least 0, got '-1'"),
-        (["synth", "out", "--cams", "3.5"], "argument --cams: must be a whole number of at least 1, got '3.5'"),
+        (["synth", "out", "--ids", "0"], "argument --ids: must be a whole number from 2 to 9000, got '0'"),
+        (["synth", "out", "--seed", "-1"], "argument --seed: must be a whole number from 0 to 9223372036854775808"),
+        (["synth", "out", "--cams", "3.5"], "argument --cams: must be a whole number from 2 to 6, got '3.5'"),
+        (["synth", "out", "--cams", "1"], "argument --cams: must be a whole number from 2 to 6, got '1'"),
+        (["synth", "out", "--cams", "7"], "argument --cams: must be a whole number from 2 to 6, got '7'"),
+        (["convert", "src", "out", "--width", "7"], "argument --width: must be a whole number of at least 8, got '7'"),
         (["convert", "src"], "the following arguments are required: OUT"),
         (["eval", "run", "data", "--ap", "coco"], "argument --ap: invalid choice: 'coco'"),
         (["eval", "run", "data", "--nonsense"], "unrecognized arguments: --nonsense"),
@@ -87,6 +90,8 @@ def test_help_and_version(capsys):
         (["train", "--data", "d", "--out", "o", "--train.epochs", "many"], "train.epochs"),
         (["train", "--data", "d", "--out", "o", "--train.epochs", "0"], "train.epochs must be positive, got 0"),
         (["train", "--data", "d", "--out", "o", "stray"], "stray"),
+        (["train", "demo", "--data", "d", "--out", "o", "stray"], "stray"),
+        (["train", "--data", "d", "--out", "o", "--train.seed", "9" * 20], "train.seed must be less than 2**63"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(argv, message, capsys, tmp_path, monkeypatch):
@@ -119,10 +124,48 @@ def test_eval_and_view(run, data, capsys, tmp_path):
     moved = data.rename(data.with_name("moved"))
     try:
         code, _, err = call(capsys, "view", features, "--out", tmp_path / "other.html")
-        assert code == 1 and "no such folder" in one_error(err)
+        assert code == 1 and f"the clouds were in {data}, which is not there: --data DIR says" in one_error(err)
         assert call(capsys, "view", features, "--out", tmp_path / "other.html", "--data", moved)[0] == 0
     finally:
         moved.rename(data)
+
+
+def test_five_lines_of_python_give_the_figures_of_eval(run, data, capsys, tmp_path):
+    code, _, err = call(capsys, "eval", run, data, "--features", tmp_path / "f", "--json", tmp_path / "eval.json")
+    assert code == 0, err
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    ds = reid3d.open_dataset(data)
+    model = reid3d.create_model("ognet_small", weights=run / "model.safetensors")
+    query, gallery = reid3d.extract(model, ds.query), reid3d.extract(model, ds.gallery)
+    result = reid3d.evaluate(query, gallery)
+    assert (result.cmc[0], result.mAP, result.mINP) == (figures["rank1"], figures["mAP"], figures["mINP"])
+    for name, features in (("query", query), ("gallery", gallery)):
+        saved = reid3d.Features.load(tmp_path / "f" / f"{name}.safetensors")
+        assert saved.made_by == features.made_by
+        assert (saved.feats == features.feats).all()
+
+
+def test_view_refuses_files_that_do_not_belong_together(run, data, capsys, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert call(capsys, "eval", run, data, "--features", one)[0] == 0
+    assert call(capsys, "eval", run, data, "--features", other, "--points", "128")[0] == 0
+    os.replace(one / "query.safetensors", other / "query.safetensors")
+    code, _, err = call(capsys, "view", other, "--out", tmp_path / "page.html")
+    assert code == 1 and "do not belong together: run reid3d eval again" in one_error(err)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_failing_eval_writes_neither_file(run, data, capsys, tmp_path, monkeypatch):
+    real = reid3d.retrieval.extract
+
+    def extract(model, split, **more):
+        if split.name == "gallery":
+            raise RuntimeError("out of memory")
+        return real(model, split, **more)
+
+    monkeypatch.setattr("reid3d.retrieval.extract", extract)
+    assert call(capsys, "eval", run, data, "--features", tmp_path / "f")[0] == 1
+    assert os.listdir(tmp_path / "f") == []
 
 
 def test_eval_of_a_weights_file_with_other_options(run, data, capsys, tmp_path):
@@ -166,6 +209,9 @@ def test_train_reads_recipe_and_overrides_in_order(data, capsys, tmp_path, monke
     assert json.loads((tmp_path / "t.json").read_text()) == {"run": str(tmp_path / "run"), "epoch": 2, "loss": 0.5}
     assert call(capsys, "train", "--data", data, "--out", "x")[0] == 0
     assert seen[1].train.epochs == 1000
+    for argv in (("--data", data, recipe, "--out=x"), ("--data", data, "--out", "x", recipe)):  # anywhere
+        assert call(capsys, "train", *argv)[0] == 0
+        assert (seen[-1].train.epochs, seen[-1].out) == (7, "x")
 
 
 def test_synth_and_convert_hand_their_options_on(capsys, tmp_path, monkeypatch):
@@ -205,7 +251,9 @@ def test_inputs_that_are_not_there_or_not_of_that_kind(run, data, capsys, tmp_pa
         (["eval", run, file], "no such folder"),
         (["eval", run, empty], "holds no cloud shards"),
         (["eval", run, data, "--features", file], "File exists"),
-        (["eval", run, data, "--device", "abacus"], "abacus"),
+        (["eval", run, none, "--device", "abacus"], "device 'abacus' cannot be used"),
+        (["eval", run, none, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["train", "--data", none, "--out", tmp_path / "run", "--train.device", "hpu"], "device 'hpu' cannot be used"),
         (["view", none], "no such folder of features"),
         (["view", file], "no such folder of features"),
         (["view", empty], "no such feature file"),

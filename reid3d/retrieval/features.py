@@ -2,11 +2,13 @@
 
 A feature file is a safetensors file with the metadata {"format": "reid3d-features-1"} and the tensors feats (N, D)
 float32, pids, camids and, where they are known, times (N,) int64, and text, uint8, the JSON of {"names", "source",
-"split"}: a header has not the room for millions of names, and its writer does not keep the order of several strings.
+"split", "made_by"}: a header has not the room for millions of names, and its writer does not keep the order of several
+strings.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -23,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..data.transforms import EvalTransform
 from ..io import atomic_write
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ class Features:
     feats: (N, D) float32, finite; `extract` gives unit length, and search and evaluate normalise anyhow.
     pids, camids: (N,) int64; pid -1 junk or unknown, 0 distractor; camid -1 unknown.
     names: N image names. times: (N,) int64, or None. source: folder of the clouds. split: name of the split there.
+    made_by: the same for all features of the same weights, points and scales; "" unknown.
 
     Raises: TypeError for anything but NumPy arrays of these dtypes; ValueError for other shapes or non-finite values.
     """
@@ -50,6 +54,7 @@ class Features:
     times: np.ndarray | None = None
     source: str = ""
     split: str = ""
+    made_by: str = ""
 
     def __post_init__(self) -> None:
         n = len(self.names)
@@ -69,7 +74,8 @@ class Features:
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all; equal features give equal bytes. Raises: OSError naming the file."""
-        text = json.dumps({"names": self.names, "source": self.source, "split": self.split}).encode()
+        words = {"names": self.names, "source": self.source, "split": self.split, "made_by": self.made_by}
+        text = json.dumps(words).encode()
         tensors = {"feats": self.feats, "pids": self.pids, "camids": self.camids, "text": np.frombuffer(text, np.uint8)}
         if self.times is not None:
             tensors["times"] = self.times
@@ -97,6 +103,7 @@ def extract(
     model: nn.Module,
     split: CloudSplit,
     *,
+    points: int | None = None,
     scales: Sequence[float] = (1.0, 1.1),
     batch: int = 32,
     workers: int = 0,
@@ -106,11 +113,13 @@ def extract(
     """The features of every cloud of a split, in its order, each the unit vector along the sum over `scales` of
     model(scale * xyz, rgb).
 
-    The default scales are those of the published OG-Net test code. The model is used in eval mode and given back in
-    the mode it came in; device None leaves it where it is, any other moves it there.
+    points: taken evenly from each cloud. None takes them as the split's transform says, and where none was chosen, as
+    many as the model's weights were trained with. The default scales are those of the published OG-Net test code. The
+    model is used in eval mode and given back in the mode it came in; device None leaves it where it is, any other moves
+    it there.
 
-    Raises: ValueError for an empty split, no scales, batch < 1, workers < 0, a model of images, or a model that
-        returns NaN.
+    Raises: ValueError for an empty split, points < 1, no scales, batch < 1, workers < 0, a model of images, or a model
+        that returns NaN.
     Source: OG-Net (Zheng et al., TNNLS 2022), test_M.py of the published code.
     """
     if getattr(model, "inputs", "cloud") != "cloud":
@@ -121,6 +130,12 @@ def extract(
         raise ValueError("scales must not be empty")
     if batch < 1 or workers < 0:
         raise ValueError(f"batch must be at least 1 and workers at least 0, got {batch} and {workers}")
+    if points is None and split.transform is None:
+        points = getattr(model, "points", None)
+    if points is not None:
+        if points < 1:
+            raise ValueError(f"points must be at least 1, got {points}")
+        split = split.with_transform(EvalTransform(points))
     if device is not None:
         model = model.to(device)
     where = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -152,4 +167,13 @@ def extract(
         times=split.times,
         source=str(split.root),
         split=split.name,
+        made_by=_made_by(model, points, scales),
     )
+
+
+def _made_by(model: nn.Module, points: int | None, scales: Sequence[float]) -> str:
+    digest = hashlib.sha256(json.dumps([points, *map(float, scales)]).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

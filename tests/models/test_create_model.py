@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reid3d.models import create_model, list_models, save_weights
+from reid3d.models import create_model, list_models, resolve_device, save_weights
 
 SIZES = {"init_points": 32, "k": 4}
 
@@ -44,6 +44,25 @@ def test_classifier_is_loaded_when_it_fits(saved):
     assert other.head.classifier.weight.shape == (7, 512)
     assert torch.equal(other.head.linear.weight, model.head.linear.weight)
     assert create_model(weights=path, dropout=0.1).head.dropout.p == 0.1
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "points"), [('{"points": 96}', 96), ("nothing", None), ("[]", None), ('{"points": null}', None)]
+)
+def test_points_come_with_the_weights(trained_on, points, tmp_path):
+    model = create_model("ognet_small", **SIZES)
+    assert model.points is None
+    save_weights(model, tmp_path / "w", trained_on=trained_on)
+    assert create_model(weights=tmp_path / "w").points == points
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda")
+    for name in ("abacus", "cuda:99", "hpu", "0", ""):
+        with pytest.raises(RuntimeError, match=f"^device '{name}' cannot be used: .") as caught:
+            resolve_device(name)
+        assert "\n" not in str(caught.value)
 
 
 def test_metadata(saved):

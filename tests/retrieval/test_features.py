@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from reid3d.data import open_dataset
+from reid3d.data import EvalTransform, open_dataset
 from reid3d.retrieval import Features, extract
 from tests.capsules import write_capsules
 
@@ -21,6 +21,7 @@ def some(n: int = 3, **changes) -> Features:
         times=np.arange(n) * 10,
         source="/data/market3d",
         split="query",
+        made_by="0123",
     )
     return Features(**{**values, **changes})
 
@@ -51,7 +52,8 @@ def test_a_file_gives_back_what_was_saved(features, tmp_path):
     back = Features.load(tmp_path / "f.safetensors")
     for name in ("feats", "pids", "camids", "times"):
         np.testing.assert_array_equal(getattr(back, name), getattr(features, name))
-    assert (back.names, back.source, back.split) == (features.names, features.source, features.split)
+    words = ("names", "source", "split", "made_by")
+    assert [getattr(back, name) for name in words] == [getattr(features, name) for name in words]
     assert os.listdir(tmp_path) == ["f.safetensors"]
 
 
@@ -130,6 +132,35 @@ def test_extract_does_not_depend_on_batch_or_workers_and_leaves_the_mode(dataset
     second = extract(model, dataset.query, batch=64, workers=1, progress=False)
     np.testing.assert_allclose(first.feats, second.feats, atol=1e-6)
     assert model.training
+
+
+def test_extract_takes_as_many_points_as_the_model_was_trained_with(dataset):
+    """Asked for, chosen for the split, trained with, 4096: the first of these that is there."""
+    model, split = Moments(), dataset.gallery
+    chosen = split.with_transform(EvalTransform(100))
+
+    def with_points(points):
+        return extract(Moments(), split.with_transform(EvalTransform(points)), progress=False).feats
+
+    assert (extract(model, split, progress=False).feats == with_points(4096)).all()
+    model.points = 200
+    assert (extract(model, split, progress=False).feats == with_points(200)).all()
+    assert (extract(model, chosen, progress=False).feats == with_points(100)).all()
+    assert (extract(model, chosen, points=50, progress=False).feats == with_points(50)).all()
+    with pytest.raises(ValueError, match="points must be at least 1, got 0"):
+        extract(model, split, points=0)
+
+
+def test_made_by_is_that_of_weights_points_and_scales(dataset):
+    def made_by(split=dataset.query, weight=1.0, **more):
+        model = Moments()
+        nn.init.constant_(model.weight, weight)
+        return extract(model, split, progress=False, **more).made_by
+
+    same = made_by()
+    assert same and made_by(dataset.gallery, batch=1) == same
+    assert len({same, made_by(points=100), made_by(weight=2.0), made_by(scales=[1.0])}) == 4
+    assert some(made_by="").made_by == ""
 
 
 def test_extract_follows_the_device(dataset, device):
