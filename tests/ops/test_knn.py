@@ -58,15 +58,16 @@ def test_a_large_cloud_equals_the_reference(device, rng):
 
 @pytest.mark.parametrize("differences", [(2.0**-30, 4097.0), (71.44227600097656, 11913852.0)])
 def test_kernels_round_once_where_the_reference_rounds_twice(differences, device):
-    # the float64 sum lies midway between two float32 numbers; the true sum of the first is above it, of the second below
+    # the float64 sum is midway between two float32 numbers; the true sum of the first is above it, of the second below
     query = torch.tensor([[differences]], device=device)
     twice = knn_reference(query, torch.zeros_like(query), 1)[0].item()
     first, second = (Fraction(d) ** 2 for d in differences)
     exact = Fraction(float(np.float32(float(first)))) + second
     once = min(
-        (float(np.nextafter(np.float32(twice), np.float32(to))) for to in (0, np.inf)), key=lambda x: abs(x - exact)
+        (float(np.nextafter(np.float32(twice), np.float32(to))) for to in (0, np.inf)),
+        key=lambda x: abs(Fraction(x) - exact),
     )
-    assert abs(once - exact) < abs(twice - exact)
+    assert abs(Fraction(once) - exact) < abs(Fraction(twice) - exact)
     compiled = {"cpu": "cpp", "cuda": "cuda"}[device.type] in backend()
     assert knn(query, torch.zeros_like(query), 1).dist2.item() == (once if compiled else twice)
 
