@@ -1,60 +1,74 @@
-"""What this installation has, and how to get what it lacks. `reid3d doctor` prints it."""
+"""What this installation has and whether it works. `reid3d doctor` prints it."""
 
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# distribution: what it is for
-OPTIONAL = {
-    "torch-geometric": "graphs in and out (torch_geometric.data.Data)",
-    "smplx": "SMPL body models",
-    "trimesh": "meshes",
-    "open3d": "a 3D window",
-    "faiss-cpu": "search in large galleries",
-    "ray": "conversion on many machines",
-    "tensorboard": "training curves",
-    "onnx": "export",
-    "onnxscript": "export",
-    "onnxruntime": "export",
-}
-
 
 def report() -> dict[str, Any]:
-    """Everything a bug report needs, as plain JSON types: versions, kernels in use, devices, optional packages.
+    """Everything a bug report needs, as plain JSON types: versions, kernels in use, devices, a run of every op.
 
-    Imports torch and reid3d.ops, and none of the optional packages. REID3D_NO_EXTENSION=1 in the environment leaves the
-    compiled kernels out; the report says so.
+    An extension that cannot be loaded is an entry of the report, not an error. REID3D_NO_EXTENSION=1 in the environment
+    leaves the compiled kernels out; the report says so.
     """
     import torch
 
-    from . import __version__, ops
+    from . import __version__
 
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    backend, broken, checks = "none", None, {}
+    try:
+        from . import ops
+
+        backend, checks = ops.backend(), {device: check_ops(device) for device in devices}
+    except ImportError as error:
+        broken = str(error)
     package = Path(__file__).parent
     extensions = [str(path) for path in sorted(package.glob("_C*.so"))]
-    optional = {}
-    for name, purpose in OPTIONAL.items():
-        version = _version(name)
-        optional[name] = {"version": version, "for": purpose}
-        if version is None:
-            optional[name]["install"] = f"python -m pip install {name}"
     return {
         "reid3d": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
-        "numpy": _version("numpy"),
-        "backend": ops.backend(),
+        "numpy": importlib.metadata.version("numpy"),
+        "backend": backend,
         "extensions": extensions,
+        "extension_error": broken,
         "extension_off": os.environ.get("REID3D_NO_EXTENSION") == "1",
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "optional": optional,
+        "ops": checks,
     }
+
+
+def check_ops(device: str) -> dict[str, str]:
+    """Run every op once on three points of a line: {op: "ok", or "failed: " and why}."""
+    import torch
+
+    from . import ops
+
+    line = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [3, 0, 0]]], device=device)
+    pairs = torch.tensor([[[0, 1], [1, 0], [2, 1]]], device=device)
+    runs: dict[str, tuple[Callable[[], torch.Tensor], list]] = {
+        "knn": (lambda: ops.knn(line, line, 2).idx, pairs.tolist()),
+        "farthest_point_sample": (lambda: ops.farthest_point_sample(line, 3), [[0, 2, 1]]),
+        "ball_query": (lambda: ops.ball_query(line, line, 1.5, 2), [[[0, 1], [0, 1], [2, 2]]]),
+        "group_max": (lambda: ops.group_max(line, pairs), [[[1, 0, 0], [1, 0, 0], [3, 0, 0]]]),
+    }
+    results = {}
+    for name, (run, expected) in runs.items():
+        try:
+            found = run().tolist()
+            results[name] = "ok" if found == expected else f"failed: gives {found}, not {expected}"
+        except Exception as error:  # whatever it is, the report has to tell it
+            results[name] = f"failed: {' '.join(str(error).split())}"
+    return results
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -64,6 +78,7 @@ def format_report(report: dict[str, Any]) -> str:
         "cpp": "compiled for the CPU",
         "cpp+cuda": "compiled for the CPU and CUDA",
         "cuda": "compiled for CUDA",
+        "none": report["extension_error"],
     }[report["backend"]]
     if report["backend"] == "torch":
         kernels += ", switched off by REID3D_NO_EXTENSION=1" if report["extension_off"] else ", no extension was built"
@@ -75,19 +90,10 @@ def format_report(report: dict[str, Any]) -> str:
         *(f"          {path}" for path in report["extensions"]),
         f"cpu       {report['cpu']}, {report['cores']} cores, {report['threads']} threads in use",
         f"cuda      {report['cuda'] or 'not in this torch'}, {', '.join(report['gpus']) or 'no GPU'}",
-        "optional packages",
     ]
-    for name, entry in report["optional"].items():
-        state = entry["version"] or f"missing ({entry['for']}): {entry['install']}"
-        lines.append(f"  {name:<16}{state}")
+    for device, results in report["ops"].items():
+        lines += [f"{f'on {device}':<10}{name}: {result}" for name, result in results.items()]
     return "\n".join(lines)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu() -> str:

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import reid3d
-from reid3d.doctor import OPTIONAL, format_report, report
+from reid3d import doctor, ops
 from reid3d.ops import backend
 
 PACKAGE = Path(reid3d.__file__).parent
@@ -55,15 +56,45 @@ def test_cuda_library_loads_beside_any_torch_and_registers_its_kernels():
     assert found == str([path.is_file()] * len(ops))
 
 
-def test_report_is_json_and_names_what_is_missing():
-    info = json.loads(json.dumps(report()))
+def test_report_is_json_and_every_op_works():
+    info = json.loads(json.dumps(doctor.report()))
     assert info["backend"] == backend()
     assert info["torch"] == torch.__version__ and info["reid3d"] == reid3d.__version__
-    assert set(info["optional"]) == set(OPTIONAL)
-    text = format_report(info)
-    for name, entry in info["optional"].items():
-        missing = f"python -m pip install {name}"
-        assert (missing in text) == (entry["version"] is None)
+    assert info["extension_error"] is None
+    assert set(info["ops"]) == {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
+    names = ["knn", "farthest_point_sample", "ball_query", "group_max"]
+    assert all(results == dict.fromkeys(names, "ok") for results in info["ops"].values())
+    assert "on cpu    ball_query: ok" in doctor.format_report(info).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("broken", "line"),
+    [
+        (
+            lambda *_: torch.zeros(1, 3),
+            "on cpu    farthest_point_sample: failed: gives [[0.0, 0.0, 0.0]], not [[0, 2, 1]]",
+        ),
+        (lambda *_: 1 / 0, "on cpu    farthest_point_sample: failed: division by zero"),
+    ],
+)
+def test_report_names_an_op_that_fails(monkeypatch, broken, line):
+    monkeypatch.setattr(ops, "farthest_point_sample", broken)
+    lines = doctor.format_report(doctor.report()).splitlines()
+    assert line in lines and "on cpu    group_max: ok" in lines
+
+
+def test_report_tells_of_an_extension_that_cannot_be_loaded():
+    text = run(
+        "import pathlib, torch\n"
+        "def load(path): raise OSError('wrong ELF class')\n"
+        "torch.ops.load_library, pathlib.Path.is_file = load, lambda path: True\n"
+        "from reid3d.doctor import *\n"
+        "print(format_report(report()))",
+        REID3D_NO_EXTENSION="0",
+    )
+    kernels = next(line for line in text.splitlines() if line.startswith("kernels"))
+    assert str(PACKAGE / "_C.so") in kernels and "(wrong ELF class): build it again" in kernels
+    assert "on cpu" not in text
 
 
 def test_report_says_that_the_extension_was_switched_off():
