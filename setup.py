@@ -8,6 +8,7 @@ its ops in plain torch. With a compiler, a compile failure is an error.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # pip's cmake and ninja live beside the interpreter, on PATH only where the environment has been activated.
@@ -24,11 +26,27 @@ TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH"
 def why_no_extension() -> str | None:
     if os.environ.get("REID3D_NO_EXTENSION") == "1":
         return "REID3D_NO_EXTENSION=1"
-    if not any(shutil.which(os.environ.get("CXX", name), path=TOOLS) for name in ("c++", "g++", "clang++")):
+    words = shlex.split(os.environ.get("CXX", ""))  # a command line, such as "ccache g++"
+    if not any(shutil.which(name, path=TOOLS) for name in words[:1] or ("c++", "g++", "clang++")):
         return "no C++ compiler"
     if not all(shutil.which(name, path=TOOLS) for name in ("cmake", "ninja")):
         return "cmake or ninja is missing: pip install cmake ninja"
     return None
+
+
+def remove_libraries(folder: Path) -> None:
+    """Of an earlier build: what this one does not make must not be loaded in its place."""
+    for library in folder.glob("_C*.so"):
+        library.unlink()
+
+
+class PythonBuild(build_py):
+    """Leaves no compiled library in a source tree that is installed without the extension."""
+
+    def run(self) -> None:
+        if reason and self.editable_mode:
+            remove_libraries(ROOT / "reid3d")
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -49,6 +67,7 @@ class CMakeBuild(build_ext):
             "OUTPUT_DIR": target,
         }
         flags = [f"-D{name}={value}" for name, value in options.items()]
+        remove_libraries(target)
         subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *flags], check=True)
         subprocess.run([cmake, "--build", build], check=True)
 
@@ -63,20 +82,6 @@ reason = why_no_extension()
 if reason:
     print(f"reid3d: installing without the compiled extension ({reason})", file=sys.stderr)
 
-extras = {
-    "graph": ["torch-geometric"],
-    "body": ["smplx", "trimesh"],
-    "view": ["open3d"],
-    "search": ["faiss-cpu"],
-    "ray": ["ray"],
-    "track": ["tensorboard"],
-    "export": ["onnx", "onnxscript", "onnxruntime"],
-    "test": ["pytest", "hypothesis", "ruff", "mypy"],
-    "peers": ["torch-cluster", "fpsample", "scipy"],
-}
-extras["dev"] = [*extras["test"], "pytorch-metric-learning", "torch-geometric", "trimesh"]
-extras["all"] = [name for key in ("graph", "body", "view", "search", "track", "export") for name in extras[key]]
-
 setup(
     name="reid3d",
     version=re.search(r'__version__ = "(.+)"', (ROOT / "reid3d" / "__init__.py").read_text())[1],
@@ -84,18 +89,18 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     install_requires=["torch>=2.10", "numpy", "safetensors", "pillow", "tqdm", "jsonargparse[signatures]"],
-    extras_require=extras,
+    extras_require={"test": ["pytest", "hypothesis", "ruff", "mypy"]},
     entry_points={"console_scripts": ["reid3d = reid3d.cli:main"]},
     # preprocess/ stands at the top of the repository and is installed as reid3d.preprocess
     packages=find_packages(include=["reid3d", "reid3d.*"])
     + ["reid3d." + name for name in find_packages(include=["preprocess", "preprocess.*"])],
     package_dir={"reid3d.preprocess": "preprocess"},
     package_data={
-        "reid3d": ["py.typed", "recipes/*.yaml", "viewer/*.html", "viewer/*.js", "viewer/*.css"],
+        "reid3d": ["py.typed", "recipes/*.yaml", "viewer/*.html"],
         "reid3d.preprocess": ["assets/*"],
     },
     ext_modules=[] if reason else [Extension("reid3d._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": PythonBuild},
     # The extension uses neither the C API of Python nor unstable parts of torch: one wheel serves them all.
     options={} if reason else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )
