@@ -31,6 +31,7 @@ clean:
 
 # torch and the build tools first: the extension is built against the torch of the environment, without isolation.
 $(READY): $(SOURCES) | $(VENV)/pyvenv.cfg
+	@echo "installing torch and the build tools; this can take minutes"
 	$(PIP) torch numpy setuptools cmake ninja
 	$(PIP) --no-build-isolation -e ".[test]"
 	touch $@

@@ -27,6 +27,10 @@ for n in (1, 33, 257):
     ops.farthest_point_sample(xyz.detach(), n)
     idx = ops.ball_query(xyz.detach(), xyz.detach(), 0.2, 16)
     ops.group_max(torch.rand(2, n, 32, device="cuda", requires_grad=True), idx).sum().backward()
+xyz = torch.rand(2, 300, 3, device="cuda")
+for k in (32, 33, 128, 129, 257):  # one list of neighbours in registers, four, and the one in memory
+    for cloud in (xyz, xyz.double()):
+        ops.knn(cloud, cloud, k)
 torch.cuda.synchronize()
 '
 step build python -m pip install --no-build-isolation --no-deps -e .
