@@ -11,15 +11,12 @@ threads, in the very same weights as one that was not.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import math
 import pickle
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +32,7 @@ from .config import TrainConfig, dump_config, read_config
 from .data.clouds import CloudSplit, open_dataset
 from .data.samplers import BalancedSampler
 from .data.transforms import TrainTransform
-from .io import atomic_write
+from .io import atomic_write, hold_folder
 from .models import create_model, resolve_device, save_weights
 
 SECONDS_BETWEEN_LINES = 20.0
@@ -57,7 +54,8 @@ def train(config: TrainConfig) -> Path:
         FileNotFoundError: no data folder.
         ValueError: training data that cannot fill a batch; a run folder of another config or other data; an unknown
             model, or one that needs more points; a checkpoint that cannot be read.
-        RuntimeError: another process trains in this folder; the loss is no longer finite; no such device.
+        RuntimeError: the loss is no longer finite; no such device.
+        BlockingIOError: another process trains in this folder.
 
     Source: the published OG-Net training, layumi/person-reid-3d, ``train_M.py`` with the flags of its recipes.
     """
@@ -70,7 +68,7 @@ def train(config: TrainConfig) -> Path:
         if config.cloud.points < least:
             raise ValueError(f"cloud.points must be at least {least} for this model, got {config.cloud.points}")
         run.mkdir(parents=True, exist_ok=True)
-        with _alone(run):
+        with hold_folder(run, "another training"):
             _claim(run, config)
             _train(config, run, split, model, device)
     return run
@@ -185,17 +183,6 @@ def _training_split(config: TrainConfig) -> CloudSplit:
     part = config.cloud
     transform = TrainTransform(part.points, flip=part.flip, scale=part.scale, jitter=part.jitter)
     return split.with_transform(transform, seed=config.train.seed)
-
-
-@contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """Holds the folder against a second process; the system lets go of it however this one ends."""
-    with open(run / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"another process is training in {run}") from error
-        yield
 
 
 def _claim(run: Path, config: TrainConfig) -> None:

@@ -25,7 +25,7 @@ from reid3d.config import (
     recipes,
 )
 from reid3d.data.samplers import BalancedSampler
-from reid3d.io import Record, write_shard
+from reid3d.io import Record, hold_folder, write_shard
 from reid3d.models import create_model
 from reid3d.train import learning_rate, loss_factor, train
 
@@ -253,13 +253,9 @@ def test_a_full_disk_is_named(people, tmp_path):
 
 
 def test_two_processes_cannot_train_in_one_folder(people, tmp_path):
-    import fcntl
-
     (tmp_path / "run").mkdir()
-    with open(tmp_path / "run" / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(RuntimeError, match="another process is training in"):
-            train(config(people, tmp_path / "run"))
+    with hold_folder(tmp_path / "run", "a test"), pytest.raises(BlockingIOError, match="another training is writing"):
+        train(config(people, tmp_path / "run"))
 
 
 def test_broken_checkpoint(people, tmp_path):
