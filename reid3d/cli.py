@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         COMMANDS[options.command](options)
-    except (KeyboardInterrupt, OSError, ValueError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
+    except (KeyboardInterrupt, OSError, ValueError, RuntimeError, MemoryError, ImportError) as error:
         if os.environ.get("REID3D_DEBUG") == "1":
             raise
         code, message = _explain(error)
@@ -281,6 +281,11 @@ def _doctor(options: argparse.Namespace) -> None:
     print(format_report(found))
     if options.json:
         _write_json(options.json, found)
+    failed = [f"{op} on {device}" for device, ops in found["ops"].items() for op, said in ops.items() if said != "ok"]
+    if found["extension_error"]:
+        raise RuntimeError(found["extension_error"])
+    if failed:
+        raise RuntimeError(f"not all ops work: {', '.join(failed)}")
 
 
 def _write_json(path: Path, figures: dict[str, Any]) -> None:

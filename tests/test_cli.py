@@ -238,6 +238,22 @@ def test_doctor(capsys, tmp_path):
     assert json.loads((tmp_path / "doctor.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"ops": {"cpu": {"knn": "ok", "group_max": "failed: x"}}}, "not all ops work: group_max on cpu"),
+        ({"extension_error": "_C.so cannot be loaded"}, "_C.so cannot be loaded"),
+    ],
+)
+def test_doctor_fails_when_something_does_not_work(capsys, monkeypatch, change, line):
+    from reid3d import doctor
+
+    found = {**doctor.report(), **change}
+    monkeypatch.setattr(doctor, "report", lambda: found)
+    code, _, err = call(capsys, "doctor")
+    assert (code, err) == (1, f"reid3d: error: {line}\n")
+
+
 def test_inputs_that_are_not_there_or_not_of_that_kind(run, data, capsys, tmp_path):
     file, empty = tmp_path / "file", tmp_path / "empty"
     file.write_text("x")
