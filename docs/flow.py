@@ -1,0 +1,99 @@
+"""Draws docs/flow.png, the README's picture, from the demo's own files.
+
+    make demo && .venv/bin/python docs/flow.py
+
+A query of the demo, the body fitted to it, its cloud from three sides, and its best matches in the gallery.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import reid3d
+from reid3d.cloud import PointCloud
+from reid3d.preprocess.body import vertex_normals
+from reid3d.preprocess.camera import project
+from reid3d.preprocess.fit import Fitter
+from reid3d.preprocess.zbuffer import rasterize
+from reid3d.retrieval.features import Features
+
+SCALE = 3  # picture pixels for a crop pixel
+HEIGHT, WIDTH = 128 * SCALE, 64 * SCALE
+
+
+def enlarge(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image).resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)
+
+
+def shaded(fitter: Fitter, image: np.ndarray) -> Image.Image:
+    """The fitted body over a faded crop."""
+    fit = fitter(torch.from_numpy(image)[None])
+    seen = rasterize(project(fit.verts, fit.cam, HEIGHT, WIDTH), fitter.body.faces, HEIGHT, WIDTH).face[0]
+    normals = vertex_normals(fit.verts, fitter.body.faces)[0][fitter.body.faces[seen[seen >= 0]]].mean(1)
+    light = (normals @ torch.tensor([0.2, -0.3, -0.9])).clamp(0, 1) * 0.75 + 0.25
+    out = torch.from_numpy(np.array(enlarge(image))).float() * 0.4 + 150
+    out[seen >= 0] = light[:, None] * torch.tensor([166.0, 189.0, 219.0])
+    return Image.fromarray(out.clamp(0, 255).byte().numpy())
+
+
+def splat(cloud: PointCloud, yaw: float) -> Image.Image:
+    """The cloud turned by yaw about the body's vertical, background faded, nearest point on top."""
+    body = cloud.vertex >= 0
+    xyz = cloud.xyz - cloud.xyz[body].mean(0)
+    turn = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
+    xyz = xyz @ turn.T
+    rgb = np.where(body[:, None], cloud.rgb, cloud.rgb * 0.25 + 185)
+    out = np.full((HEIGHT, WIDTH, 3), 250, np.uint8)
+    pixel = (xyz[:, :2] * HEIGHT / 1.95 + [WIDTH / 2, HEIGHT / 2]).astype(int)
+    for k in np.argsort(-xyz[:, 2]):
+        x, y = pixel[k]
+        size = 6 if body[k] else 4
+        out[max(y, 0) : max(y + size, 0), max(x, 0) : max(x + size, 0)] = rgb[k]
+    return Image.fromarray(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=Path("build/demo"), help="folder of `make demo`")
+    parser.add_argument("--query", type=int, default=55, help="which query to show")
+    parser.add_argument("--out", type=Path, default=Path("docs/flow.png"))
+    args = parser.parse_args()
+
+    features = args.demo / "run" / "features"
+    query, gallery = (Features.load(features / f"{k}.safetensors") for k in ("query", "gallery"))
+    ranks = reid3d.search(query, gallery, k=3, cross_camera=True)
+    crops = args.demo / "people"
+    image = np.array(Image.open(crops / query.names[args.query]))
+    clouds = reid3d.open_dataset(args.demo / "clouds").query
+    cloud = clouds.cloud([r.name for r in clouds.records].index(query.names[args.query]))
+    panels = [
+        ("crop", enlarge(image), None),
+        ("fitted body", shaded(Fitter(), image), None),
+        ("coloured cloud", splat(cloud, 0.0), None),
+        ("turned 45°", splat(cloud, 0.8), None),
+        ("turned 90°", splat(cloud, 1.57), None),
+    ]
+    pid = int(query.pids[args.query])
+    for rank, g in enumerate(ranks.idx[args.query].tolist(), 1):
+        frame = (46, 160, 67) if int(gallery.pids[g]) == pid else (207, 34, 46)
+        panels.append((f"match {rank}", enlarge(np.array(Image.open(crops / gallery.names[g]))), frame))
+
+    gap, top = 14, 34
+    picture = Image.new("RGB", (gap + len(panels) * (WIDTH + gap), top + HEIGHT + gap), (255, 255, 255))
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(18)
+    for k, (title, panel, frame) in enumerate(panels):
+        x = gap + k * (WIDTH + gap)
+        draw.text((x + WIDTH / 2, top / 2), title, (60, 60, 60), font, anchor="mm")
+        picture.paste(panel, (x, top))
+        if frame:
+            draw.rectangle((x - 2, top - 2, x + WIDTH + 1, top + HEIGHT + 1), outline=frame, width=4)
+    picture.save(args.out, optimize=True)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
