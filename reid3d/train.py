@@ -63,7 +63,10 @@ def train(config: TrainConfig) -> Path:
     split = _training_split(config)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.train.seed)
-        model = create_model(config.model.name, split.num_pids, **config.model.kwargs).to(device)
+        try:
+            model = create_model(config.model.name, split.num_pids, **config.model.kwargs).to(device)
+        except TypeError as error:
+            raise ValueError(f"model.kwargs: {error}") from error
         least = getattr(model, "min_points", 1)
         if config.cloud.points < least:
             raise ValueError(f"cloud.points must be at least {least} for this model, got {config.cloud.points}")

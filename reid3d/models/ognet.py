@@ -263,7 +263,8 @@ class OGNet(nn.Module):
     never takes a point within 3.2 cm of the origin (|p|^2 <= 1e-3); ``farthest_point_sample`` has no such rule.
 
     Raises:
-        ValueError: an argument out of range, or fewer points than k left for the last graph.
+        TypeError: k or init_points is no int. ValueError: an argument out of range, or fewer points than k left for
+            the last graph.
 
     Source: as this file; initialisation from the published code.
     """
@@ -282,6 +283,9 @@ class OGNet(nn.Module):
         dropout: float = 0.7,
     ) -> None:
         super().__init__()
+        for name, value in (("k", k), ("init_points", init_points)):
+            if not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
         self.k, self.min_points = k, max(init_points, k)
         self.stages = nn.ModuleList()
         c_in, left = 3, 2 * init_points
