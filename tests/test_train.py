@@ -260,7 +260,7 @@ def test_two_processes_cannot_train_in_one_folder(people, tmp_path):
 
 def test_model_argument_of_the_wrong_kind_is_one_line_and_claims_nothing(people, tmp_path):
     with pytest.raises(ValueError, match="model.kwargs: k must be an int, got 'four'"):
-        train(read_config(None, ["--data", str(people), "--out", str(tmp_path / "run"), "--model.kwargs", "{k: four}"]))
+        train(replace(config(people, tmp_path / "run"), model=ModelConfig("ognet_small", {"k": "four"})))
     assert not (tmp_path / "run").exists()
 
 
