@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__
 
 if TYPE_CHECKING:
-    from .retrieval import Result
+    pass
 
 JSON_HELP = "write the figures as JSON too"
 
@@ -210,7 +210,7 @@ def _eval(options: argparse.Namespace) -> None:
     for name in splits:  # all there before one is written: they belong together
         features[name].save(_feature_file(folder, name))
     result = evaluate(features["query"], features["gallery"], ap=options.ap)
-    print(format_result(result))
+    print(result)
     print(f"features: {folder}")
     if options.json:
         figures = {
@@ -232,23 +232,6 @@ def _eval(options: argparse.Namespace) -> None:
             "version": __version__,
         }
         _write_json(options.json, figures)
-
-
-def format_result(result: Result) -> str:
-    """A small table: each score, and what a random order of the gallery would score on average."""
-    rows: list[tuple[str, float, float | None]] = [
-        ("Rank-1", result.cmc[0], result.chance.rank1),
-        ("Rank-5", result.cmc[4], None),
-        ("Rank-10", result.cmc[9], None),
-        (f"mAP ({result.ap})", result.mAP, result.chance.mAP),
-        ("mINP", result.mINP, None),
-    ]
-    lines = []
-    for name, value, chance in rows:
-        against = f"   chance {chance:6.2%}, {value / chance:.1f} times that" if chance else ""
-        lines.append(f"{name:<13}{value:7.2%}{against}")
-    counts = f"{result.num_valid} of {result.num_query} queries have a match in the gallery of {result.num_gallery}"
-    return "\n".join([*lines, f"single query, cross camera: {counts}"])
 
 
 def _feature_file(folder: Path, split: str) -> Path:

@@ -55,6 +55,22 @@ class Result:
     num_gallery: int
     chance: Chance
 
+    def __str__(self) -> str:
+        """A small table: each score, and what a random order of the gallery would score on average."""
+        rows: list[tuple[str, float, float | None]] = [
+            ("Rank-1", self.cmc[0], self.chance.rank1),
+            ("Rank-5", self.cmc[4], None),
+            ("Rank-10", self.cmc[9], None),
+            (f"mAP ({self.ap})", self.mAP, self.chance.mAP),
+            ("mINP", self.mINP, None),
+        ]
+        lines = []
+        for name, value, chance in rows:
+            against = f"   chance {chance:6.2%}, {value / chance:.1f} times that" if chance else ""
+            lines.append(f"{name:<13}{value:7.2%}{against}")
+        counts = f"{self.num_valid} of {self.num_query} queries have a match in the gallery of {self.num_gallery}"
+        return "\n".join([*lines, f"single query, cross camera: {counts}"])
+
 
 def evaluate(q: Features, g: Features, ap: AveragePrecision = "market") -> Result:
     """Rank the gallery for each query by cosine similarity and score the order: single query, cross camera.

@@ -278,3 +278,12 @@ def test_search_and_evaluate_agree_on_the_first_place():
     ranks = search(q, g, k=1, cross_camera=True)
     result = evaluate(q, g)
     assert result.cmc[0] == pytest.approx((g.pids[ranks.idx[:, 0]] == q.pids).sum() / result.num_valid)
+
+
+def test_result_prints_as_a_table_with_chance():
+    q = Features(np.eye(2, dtype=np.float32), np.array([1, 2]), np.array([1, 1]), ["a", "b"])
+    g = Features(np.eye(2, dtype=np.float32)[[0, 0]], np.array([1, 2]), np.array([2, 2]), ["c", "d"])
+    lines = str(evaluate(q, g, ap="mean")).splitlines()
+    assert lines[0] == "Rank-1        50.00%   chance 50.00%, 1.0 times that"
+    assert lines[3] == "mAP (mean)    75.00%   chance 75.00%, 1.0 times that"
+    assert lines[-1] == "single query, cross camera: 2 of 2 queries have a match in the gallery of 2"
