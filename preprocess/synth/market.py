@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from reid3d.io import atomic_write, hold_folder
+from reid3d.progress import Progress
 
 from .people import People, normal, sample_people, sample_poses, uniform
 from .render import HEIGHT, WIDTH, Renderer, Truth, Views, sample_backgrounds, sample_views
@@ -104,7 +104,8 @@ def film(
         side = torch.where(uniform(generator, n) < 0.5, -1.0, 1.0) * uniform(generator, n, 0.45, 0.7)
         drop = torch.where(uniform(generator, n) < 0.5, -1.0, 1.0) * uniform(generator, n, 0.3, 0.5)
         views = replace(views, shift=torch.stack([side, drop], 1), fill=views.fill * uniform(generator, n, 1.0, 1.6))
-    left = (place[camera] + 3 * shot).long()
+    span = PANORAMA - WIDTH
+    left = (span - ((place[camera] + 3 * shot) % (2 * span) - span).abs()).long()  # to the street's end and back
     background = torch.stack(
         [cameras.street[c, :, x : x + WIDTH] for c, x in zip(camera.tolist(), left.tolist(), strict=True)]
     )
@@ -120,16 +121,19 @@ def film(
     return Crops(names, crops, truth)
 
 
+def roll(ids: int, images: int) -> list[int]:
+    """Who is filmed: 1 to ids, then distractors (0) and people badly cut (-1), relative to the gallery as in
+    Market-1501, about one in five and three in ten.
+    """
+    gallery = (ids - ids // 2) * (images - 1) / images  # in people, of whom each camera sees as many images
+    return [*range(1, ids + 1), *[0] * ceil(0.2 * gallery), *[-1] * ceil(0.3 * gallery)]
+
+
 def cast(ids: int, cams: int, images: int, seed: int) -> Iterator[tuple[str, Crops]]:
     """Every crop of the data set as (folder, crops), a person at a time."""
     renderer = Renderer()
     cameras = sample_cameras(cams, stream(seed, 0))
-    per_person = cams * images
-    train = ids // 2
-    # Distractors and bad boxes relative to the gallery as in Market-1501: about one in five and three in ten.
-    gallery = (ids - train) * cams * (images - 1)
-    extras = [0] * ceil(0.2 * gallery / per_person) + [-1] * ceil(0.3 * gallery / per_person)
-    pids = list(range(1, ids + 1)) + extras
+    pids, train = roll(ids, images), ids // 2
     people = sample_people(len(pids), stream(seed, 1))
     for k, pid in enumerate(pids):
         box = 1 if pid > 0 else k - ids + 1
@@ -137,7 +141,7 @@ def cast(ids: int, cams: int, images: int, seed: int) -> Iterator[tuple[str, Cro
         if 0 < pid <= train:
             yield "bounding_box_train", crops
         elif pid > train:
-            first = torch.arange(per_person) % images == 0  # one query of each person and camera
+            first = torch.arange(cams * images) % images == 0  # one query of each person and camera
             yield "query", select(crops, first)
             yield "bounding_box_test", select(crops, ~first)
         else:
@@ -170,8 +174,8 @@ def claim(out: Path, plan: dict[str, Any]) -> bool:
             ) from error
         if not same:
             raise ValueError(f"out must be empty or made by the same command, but {note} says {found}")
-        for folder in FOLDERS if not complete else ():
-            for left_behind in (out / folder).glob(".*.jpg.*.tmp"):  # by a run that was killed
+        for pattern in (*(f"{folder}/.*.jpg.*.tmp" for folder in FOLDERS), ".gt.npz.*.tmp", f".{NOTE}.*.tmp"):
+            for left_behind in out.glob(pattern):  # by a run that was killed
                 left_behind.unlink()
         return complete
     if out.exists() and any(p.name != ".lock" and not p.name.startswith(f".{NOTE}.") for p in out.iterdir()):
@@ -229,14 +233,15 @@ def _write(out: Path, plan: dict[str, Any], progress: bool) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums come out the same whatever the number of cores
     try:
-        with tqdm(desc="synth", unit="image", disable=None if progress else True) as bar:
+        total = len(roll(plan["ids"], plan["images"])) * plan["cams"] * plan["images"]
+        with Progress(total, "synth", "image", progress) as bar:
             for folder, crops in cast(plan["ids"], plan["cams"], plan["images"], plan["seed"]):
                 for name, image in zip(crops.names, crops.images, strict=True):
                     with atomic_write(out / folder / name) as file:
                         Image.fromarray(image.numpy()).save(file, "JPEG", quality=90)
                 names += [f"{folder}/{name}" for name in crops.names]
                 truths.append(crops.truth)
-                bar.update(len(crops.names))
+                bar.add(len(crops.names))
     finally:
         torch.set_num_threads(threads)
 

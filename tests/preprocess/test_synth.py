@@ -160,6 +160,25 @@ def test_killed_run_is_finished_by_the_same_call(small: Path, tmp_path: Path) ->
     assert contents(out) == contents(small)  # and no temporary file is left
 
 
+@pytest.mark.parametrize("name", [".gt.npz.1.tmp", ".synth.json.1.tmp", "query/.0004_c1s1_000001_01.jpg.1.tmp"])
+def test_what_a_killed_run_left_behind_goes(small: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "query").mkdir()
+    (tmp_path / name).write_bytes(b"half")
+    plan = {**json.loads((small / "synth.json").read_text()), "complete": False}
+    (tmp_path / "synth.json").write_text(json.dumps(plan))
+    synth(tmp_path, ids=6, cams=2, images=3, seed=3, progress=False)
+    assert contents(tmp_path) == contents(small)
+
+
+def test_long_walks_stay_in_the_street(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr("reid3d.progress.SECONDS_BETWEEN_LINES", -1.0)
+    out = synth(tmp_path / "b", ids=2, cams=2, images=120)
+    assert len(list(out.glob("query/*.jpg"))) == 2 and len(list(out.glob("bounding_box_train/*.jpg"))) == 240
+    assert len(np.load(out / "gt.npz")["names"]) == len(list(out.glob("*/*.jpg")))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "synth: 240 of 960 images" and lines[-1] == "synth: 960 of 960 images"
+
+
 @pytest.mark.parametrize("limit", [0, 2])
 def test_full_disk_is_one_error_and_the_same_call_finishes(small: Path, tmp_path: Path, limit: int) -> None:
     out = tmp_path / "b"
