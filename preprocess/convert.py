@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -26,7 +25,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from reid3d.cloud import PointCloud
 from reid3d.data.images import MAX_PIXELS, MIN_SIDE, ImageRecord, list_images, read_image
@@ -40,6 +38,7 @@ from reid3d.io import (
     manifest_path,
     write_shard,
 )
+from reid3d.progress import Progress
 
 from .camera import project
 from .fit import Fitter
@@ -51,7 +50,6 @@ LEFT_BEHIND = re.compile(  # temporary files of a run that was killed
     r"\.((train|query|gallery|all)-\d{5,}\.(safetensors|jsonl)|dataset\.json|failures\.jsonl)\.\d+\.tmp"
 )
 DECODE_THREADS = 4
-SECONDS_BETWEEN_LINES = 30  # of progress, when stderr is not a terminal
 FARTHEST = 100.0  # metres: a fit with anything beyond, or a crop that spans more, is none
 NO_FIT = "no body could be fitted"
 
@@ -312,27 +310,28 @@ def _convert_shards(
     shards: Shards, size: tuple[int, int], batch: int, fitter: Fitter, progress: bool
 ) -> Generator[tuple[Path, list[PointCloud], list[Record], Failures]]:
     """For each shard its path, clouds, records and failures; crops are decoded one batch ahead of the fitter."""
-    bar = _Progress(sum(map(len, shards.values())), progress)
     pool = ThreadPoolExecutor(DECODE_THREADS)
     try:
-        decoded = _read_ahead(pool, [chunk for images in shards.values() for chunk in _chunks(images, batch)], size)
-        for path, images in shards.items():
-            clouds, records, failed = [], [], {}
-            for chunk in _chunks(images, batch):
-                crops = next(decoded)
-                fitted = iter(fit_crops(good, fitter) if (good := [c for c in crops if not isinstance(c, str)]) else [])
-                for image, crop in zip(chunk, crops, strict=True):
-                    result = crop if isinstance(crop, str) else next(fitted) or NO_FIT
-                    if isinstance(result, str):
-                        failed[image.name] = result
-                    else:
-                        clouds.append(result.cloud)
-                        who = (image.name, image.split, image.pid, image.camid, image.time)
-                        records.append(Record(*who, size, result.cam, result.quality))
-                bar.add(len(chunk))
-            yield path, clouds, records, failed
+        with Progress(sum(map(len, shards.values())), "convert", "crop", progress) as bar:
+            decoded = _read_ahead(pool, [chunk for images in shards.values() for chunk in _chunks(images, batch)], size)
+            for path, images in shards.items():
+                clouds, records, failed = [], [], {}
+                for chunk in _chunks(images, batch):
+                    crops = next(decoded)
+                    fitted = iter(
+                        fit_crops(good, fitter) if (good := [c for c in crops if not isinstance(c, str)]) else []
+                    )
+                    for image, crop in zip(chunk, crops, strict=True):
+                        result = crop if isinstance(crop, str) else next(fitted) or NO_FIT
+                        if isinstance(result, str):
+                            failed[image.name] = result
+                        else:
+                            clouds.append(result.cloud)
+                            who = (image.name, image.split, image.pid, image.camid, image.time)
+                            records.append(Record(*who, size, result.cam, result.quality))
+                    bar.add(len(chunk))
+                yield path, clouds, records, failed
     finally:
-        bar.close()
         pool.shutdown(cancel_futures=True)
 
 
@@ -354,22 +353,3 @@ def _read_ahead(
             yield list(waiting.popleft())
     while waiting:
         yield list(waiting.popleft())
-
-
-class _Progress:
-    """A bar when stderr is a terminal, a line now and then when it is not."""
-
-    def __init__(self, total: int, shown: bool) -> None:
-        self._lines = shown and not sys.stderr.isatty()
-        self._bar = tqdm(total=total, unit="crop", disable=not shown or self._lines)
-        self._total, self._done, self._last = total, 0, time.monotonic()
-
-    def add(self, count: int) -> None:
-        self._bar.update(count)
-        self._done += count
-        if self._lines and time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
-            print(f"{self._done} of {self._total} crops converted", file=sys.stderr, flush=True)
-            self._last = time.monotonic()
-
-    def close(self) -> None:
-        self._bar.close()

@@ -34,8 +34,8 @@ from .data.samplers import BalancedSampler
 from .data.transforms import TrainTransform
 from .io import atomic_write, hold_folder
 from .models import create_model, resolve_device, save_weights
+from .progress import SECONDS_BETWEEN_LINES
 
-SECONDS_BETWEEN_LINES = 20.0
 FINAL_LR = 0.01  # of the first
 FIRST_LOSS = 0.1  # factor at the start of the warm-up
 _STREAM = 3  # of random numbers: of dropout; draws and clouds have their own

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ..data.transforms import EvalTransform
 from ..io import atomic_write
+from ..progress import Progress
 
 if TYPE_CHECKING:
     from ..data import CloudSplit
 
 FORMAT = "reid3d-features-1"
-SECONDS_BETWEEN_LINES = 20.0  # of progress, when stderr is not a terminal
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,22 +138,15 @@ def extract(
     where = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     loader = DataLoader(split, batch_size=batch, num_workers=workers, pin_memory=where.type == "cuda")
     feats: list[torch.Tensor] = []
-    terminal = sys.stderr.isatty()
-    bar = tqdm(total=len(split), desc=f"features of {split.name}", unit="cloud", disable=not (progress and terminal))
-    done, reported = 0, time.monotonic()
     mode = model.training
     model.eval()
     try:
-        with torch.inference_mode(), bar:
+        with torch.inference_mode(), Progress(len(split), f"features of {split.name}", "cloud", progress) as bar:
             for xyz, rgb, *_ in loader:
                 xyz, rgb = xyz.to(where, non_blocking=True), rgb.to(where, non_blocking=True)
                 total = torch.stack([model(scale * xyz, rgb) for scale in scales]).sum(0)
                 feats.append(nn.functional.normalize(total.float(), dim=1).cpu())
-                bar.update(len(xyz))
-                done += len(xyz)
-                if progress and not terminal and time.monotonic() - reported > SECONDS_BETWEEN_LINES:
-                    reported = time.monotonic()
-                    print(f"features of {done} of {len(split)} {split.name} clouds", file=sys.stderr, flush=True)
+                bar.add(len(xyz))
     finally:
         model.train(mode)
     return Features(

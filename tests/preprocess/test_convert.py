@@ -470,9 +470,9 @@ def test_counts_must_be_positive(tmp_path, option):
 
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("reid3d.progress.SECONDS_BETWEEN_LINES", -1.0)
     run(plain(tmp_path / "crops", 6), tmp_path / "out", progress=True)
-    assert capsys.readouterr().err.splitlines() == [f"{n} of 6 crops converted" for n in (3, 4, 6)]
+    assert capsys.readouterr().err.splitlines() == [f"convert: {n} of 6 crops" for n in (3, 4, 6)]
     run(tmp_path / "crops", tmp_path / "again")
     assert capsys.readouterr().err == ""
 

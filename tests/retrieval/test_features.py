@@ -192,8 +192,8 @@ def test_extract_refuses_nan(dataset):
 
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(dataset, monkeypatch, capsys):
-    monkeypatch.setattr("reid3d.retrieval.features.SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr("reid3d.progress.SECONDS_BETWEEN_LINES", -1.0)
     extract(Moments(), dataset.gallery, batch=4)
-    assert capsys.readouterr().err == "features of 4 of 6 gallery clouds\nfeatures of 6 of 6 gallery clouds\n"
+    assert capsys.readouterr().err == "features of gallery: 4 of 6 clouds\nfeatures of gallery: 6 of 6 clouds\n"
     extract(Moments(), dataset.gallery, progress=False)
     assert capsys.readouterr().err == ""
