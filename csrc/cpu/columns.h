@@ -12,6 +12,7 @@
 #include <limits>
 #include <vector>
 
+#include "../dispatch.h"
 #include "../rounding.h"
 
 // REID3D_HOT compiles a function for AVX-512, for AVX2 and for any x86-64, and the loader picks one. All give the same
@@ -60,17 +61,6 @@ REID3D_INLINE void tile_distances(const T* q, const T* columns, int64_t stride, 
   for (int64_t d = 0; d < dims; ++d, columns += stride)
     for (int64_t j = 0; j < kTile; ++j) sum[j] = add_square(sum[j], q[d] - columns[j]);
   for (int64_t j = 0; j < kTile; ++j) dist2[j] = sum[j];
-}
-
-// Calls f<float>() or f<double>(): the wrappers in Python widen the half types.
-template <typename F>
-void dispatch_float_double(const Tensor& x, F&& f) {
-  if (x.scalar_type() == ScalarType::Float) {
-    f(float());
-  } else {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "reid3d: coordinates must be float32 or float64");
-    f(double());
-  }
 }
 
 }  // namespace reid3d

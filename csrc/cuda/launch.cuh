@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "../dispatch.h"
 #include "../rounding.h"
 
 // Weak, so that the library loads beside a torch without CUDA too.
@@ -42,17 +43,6 @@ inline unsigned blocks_for(int64_t count, int64_t per_block) {
   const int64_t blocks = (count + per_block - 1) / per_block;
   STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "reid3d: too many queries in one call");
   return static_cast<unsigned>(blocks);
-}
-
-// Calls f<float>() or f<double>(): the wrappers in Python widen the half types.
-template <typename F>
-void dispatch_float_double(const Tensor& x, F&& f) {
-  if (x.scalar_type() == ScalarType::Float) {
-    f(float());
-  } else {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "reid3d: coordinates must be float32 or float64");
-    f(double());
-  }
 }
 
 template <typename T>
