@@ -1,4 +1,4 @@
-// What the CUDA kernels share: the stream, the checks, and warps.
+// What the CUDA kernels share: the stream and the checks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,10 +10,11 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <limits>
 
 #include "../dispatch.h"
-#include "../rounding.h"
+#include "lane.h"
 
 // Weak, so that the library loads beside a torch without CUDA too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
@@ -23,9 +24,6 @@ namespace reid3d {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
-
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kWarp = 32;
 
 inline cudaStream_t current_stream(const Tensor& x) {
   void* stream = nullptr;
@@ -45,9 +43,17 @@ inline unsigned blocks_for(int64_t count, int64_t per_block) {
   return static_cast<unsigned>(blocks);
 }
 
-template <typename T>
-__host__ __device__ constexpr T infinity() {
-  return static_cast<T>(std::numeric_limits<float>::infinity());
+// Says which index is wrong, once, and ends the kernel: what follows would read or write foreign memory.
+static __device__ int index_reported = 0;
+
+static __device__ __noinline__ void bad_index(const char* op, const char* argument, long long value, long long size) {
+  if (atomicExch(&index_reported, 1) == 0)
+    printf("reid3d::%s: %s must be in [0, %lld), got %lld\n", op, argument, size, value);
+  __trap();
+}
+
+__device__ inline void check_index(const char* op, const char* argument, int64_t value, int64_t size) {
+  if (value < 0 || value >= size) bad_index(op, argument, value, size);
 }
 
 }  // namespace reid3d
