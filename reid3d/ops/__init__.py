@@ -12,21 +12,29 @@ from pathlib import Path
 import torch
 
 from .ball_query import ball_query, ball_query_reference
+from .edge_pool import EdgePool, edge_pool, edge_pool_reference
 from .fps import farthest_point_sample, farthest_point_sample_reference
 from .group_max import group_max, group_max_reference
 from .knn import KNN, knn, knn_reference
+from .transpose import TransposedGraph, transpose_graph, transpose_graph_reference
 
 __all__ = [
+    "EdgePool",
     "KNN",
+    "TransposedGraph",
     "backend",
     "ball_query",
     "ball_query_reference",
+    "edge_pool",
+    "edge_pool_reference",
     "farthest_point_sample",
     "farthest_point_sample_reference",
     "group_max",
     "group_max_reference",
     "knn",
     "knn_reference",
+    "transpose_graph",
+    "transpose_graph_reference",
 ]
 
 

@@ -5,6 +5,8 @@ import operator
 import torch
 from torch import Tensor
 
+MAX_GROUP = 32767  # of group_max and edge_pool, whose widest slots are int16
+
 
 def check_points(name: str, x: Tensor, dims: int | None = None) -> Tensor:
     """x as float32 or float64 coordinates (B,N,D): float16 and bfloat16 are widened."""
@@ -36,6 +38,25 @@ def check_same_cloud_batch(name: str, x: Tensor, other: str, y: Tensor) -> None:
         raise ValueError(f"{name} and {other} must be on one device, got {x.device} and {y.device}")
     if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
         raise ValueError(f"{name} and {other} must agree in B and D, got {tuple(x.shape)} and {tuple(y.shape)}")
+
+
+def check_idx(idx: Tensor, feats: Tensor | None = None) -> None:
+    """idx (B,M,K) int64 picks groups of 1 <= K <= MAX_GROUP rows, those of feats (B,N,C) where that is given."""
+    if not isinstance(idx, Tensor) or idx.dtype != torch.int64:
+        raise TypeError(f"idx must be an int64 tensor, got {getattr(idx, 'dtype', type(idx).__name__)}")
+    if feats is not None and idx.device != feats.device:
+        raise ValueError(f"idx must be on the device of feats, {feats.device}, got {idx.device}")
+    fits = idx.dim() == 3 and (feats is None or idx.shape[0] == feats.shape[0])
+    if not fits or not 1 <= idx.shape[2] <= MAX_GROUP:
+        batch = "B" if feats is None else feats.shape[0]
+        raise ValueError(f"idx must have shape ({batch}, M, K) with 1 <= K <= {MAX_GROUP}, got {tuple(idx.shape)}")
+    if feats is not None and idx.numel() > 0:
+        check_not_empty("feats", feats)
+
+
+def check_range(idx: Tensor, n: int) -> None:
+    """Every value of idx is in [0, n): for the references, as the kernels do it themselves. Does not wait for CUDA."""
+    torch._assert_async(((idx >= 0) & (idx < n)).all(), f"idx must be between 0 and {n - 1}")
 
 
 def check_int(name: str, value: int, low: int, high: int | None = None, what: str = "") -> int:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from reid3d.ops import group_max, group_max_reference
+from reid3d.ops import TransposedGraph, edge_pool, group_max, group_max_reference, transpose_graph
 
 ALL = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -14,7 +14,7 @@ def problem(rng, b=2, n=30, m=11, k=5, c=7, dtype=torch.float32, device="cpu"):
 
 
 @pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize(("k", "c"), [(1, 1), (5, 7), (32, 64), (3, 130), (400, 16)])
+@pytest.mark.parametrize(("k", "c"), [(1, 1), (5, 7), (32, 64), (3, 130), (9, 70), (256, 3), (257, 5), (400, 16)])
 def test_by_hand(k, c, dtype, device, rng):
     feats, idx = problem(rng, k=k, c=c, dtype=dtype, device=device)
     out = group_max(feats, idx)
@@ -27,11 +27,13 @@ def test_by_hand(k, c, dtype, device, rng):
 
 
 @pytest.mark.parametrize("dtype", ALL)
-def test_equals_the_reference_with_its_slots(dtype, device, rng):
-    feats, idx = problem(rng, n=200, m=50, k=20, c=70, dtype=dtype, device=device)
-    feats = (feats * 2).round()  # equal values: the first slot wins
-    result, expected = torch.ops.reid3d.group_max(feats, idx), group_max_reference(feats, idx)
-    assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
+@pytest.mark.parametrize(("m", "k", "c"), [(50, 20, 70), (300, 33, 16), (7, 3, 1), (20, 256, 64), (20, 257, 15)])
+def test_equals_the_reference_with_its_slots(m, k, c, dtype, device, rng):
+    feats, idx = problem(rng, n=200, m=m, k=k, c=c, dtype=dtype, device=device)
+    for x in (feats, (feats * 2).round()):  # equal values: the first slot wins
+        result, expected = torch.ops.reid3d.group_max(x, idx, None, None), group_max_reference(x, idx)
+        assert result[1].dtype == (torch.uint8 if k <= 256 else torch.int16)
+        assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
 
 
 @pytest.mark.parametrize("dtype", ALL)
@@ -39,10 +41,23 @@ def test_nan_wins_and_infinity_is_a_number(dtype, device):
     nan, inf = math.nan, math.inf
     feats = torch.tensor([[[1.0, nan, -inf, nan], [nan, 0.0, -inf, nan], [inf, 2.0, -inf, 1.0]]])
     feats, idx = feats.to(device, dtype), torch.tensor([[[0, 1, 2]]], device=device)
-    out, slot = torch.ops.reid3d.group_max(feats, idx)
+    out, slot = torch.ops.reid3d.group_max(feats, idx, None, None)
     assert torch.equal(out, feats.amax(1, keepdim=True)) or out.isnan().tolist() == [[[True, True, False, True]]]
     assert out[0, 0, 2] == -inf
     assert slot.tolist() == [[[1, 0, 0, 0]]]
+
+
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("k", [3, 4, 35])
+def test_undefined_values_anywhere(dtype, k, device, rng):
+    feats, idx = problem(rng, n=40, m=60, k=k, c=37, dtype=dtype, device=device)
+    kinds = torch.tensor(rng.choice([1.0, math.nan, math.inf, -math.inf], feats.shape, p=[0.9, 0.04, 0.03, 0.03]))
+    feats = torch.where(kinds == 1, feats, kinds.to(feats))
+    feats[0, ::2, 0] = -math.nan  # its sign says nothing
+    result, expected = torch.ops.reid3d.group_max(feats, idx, None, None), group_max_reference(feats, idx)
+    assert torch.equal(result[1], expected[1])
+    assert torch.equal(result[0].isnan(), expected[0].isnan())
+    assert torch.equal(result[0].nan_to_num(), expected[0].nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", ALL)
@@ -53,10 +68,31 @@ def test_gradient_lands_on_the_winner_only(dtype, device):
     assert feats.grad.flatten().tolist() == [0.0, 100.0, 1.0, 10.0]
 
 
-def test_gradients(device, rng):
+@pytest.mark.parametrize("given", [False, True])
+def test_gradients(given, device, rng):
     feats, idx = problem(rng, dtype=torch.float64, device=device)
-    assert torch.autograd.gradcheck(group_max, (feats.requires_grad_(), idx))
-    assert torch.autograd.gradgradcheck(group_max, (feats, idx))
+    transposed = transpose_graph(idx, 30) if given else None
+    assert torch.autograd.gradcheck(lambda x: group_max(x, idx, transposed=transposed), feats.requires_grad_())
+    assert torch.autograd.gradgradcheck(lambda x: group_max(x, idx, transposed=transposed), feats)
+
+
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize(("n", "m", "k", "c"), [(30, 11, 5, 7), (60, 40, 9, 64), (5, 90, 20, 17), (40, 6, 260, 16)])
+def test_gradient_to_the_last_bit(n, m, k, c, dtype, device, rng):
+    feats, idx = problem(rng, n=n, m=m, k=k, c=c, dtype=dtype, device=device)
+    grad = torch.tensor(rng.standard_normal((2, m, c))).to(device, dtype)
+    slot = group_max_reference(feats, idx)[1].tolist()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = grad.cpu().to(wide).new_zeros(feats.shape).numpy()
+    values, groups = grad.cpu().to(wide).numpy(), idx.tolist()
+    for b in range(2):
+        for g in range(m):
+            for channel in range(c):
+                expected[b, groups[b][g][slot[b][g][channel]], channel] += values[b, g, channel]
+    leaf = feats.requires_grad_()
+    for transposed in (None, transpose_graph(idx, n)):
+        result = torch.autograd.grad(group_max(leaf, idx, transposed=transposed), leaf, grad)[0]
+        assert torch.equal(result, torch.tensor(expected).to(device, dtype))
 
 
 def test_half_gradients_are_summed_in_float32(device):
@@ -66,12 +102,18 @@ def test_half_gradients_are_summed_in_float32(device):
     assert feats.grad.item() == 4096
 
 
-def test_backward_is_deterministic(device, rng):
+def test_deterministic_whatever_the_threads(device, rng):
     feats, idx = problem(rng, n=10, m=500, k=4, c=40, device=device)
     grad = torch.tensor(rng.standard_normal((2, 500, 40)), dtype=torch.float32, device=device)
-    leaf = feats.requires_grad_()
-    first, *others = (torch.autograd.grad(group_max(leaf, idx), leaf, grad)[0] for _ in range(4))
-    assert all(torch.equal(first, other) for other in others)
+    leaf, before, runs = feats.requires_grad_(), torch.get_num_threads(), []
+    try:
+        for threads in (before, 1, 2, 3):
+            torch.set_num_threads(threads)
+            out = group_max(leaf, idx)
+            runs.append((out, torch.autograd.grad(out, leaf, grad)[0]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
 def test_order_within_a_group_does_not_matter(device, rng):
@@ -100,13 +142,17 @@ def test_non_contiguous(device, rng):
 
 def test_opcheck(device, rng):
     feats, idx = problem(rng, device=device)
-    torch.library.opcheck(torch.ops.reid3d.group_max.default, (feats.requires_grad_(), idx))
-    out, slot = torch.ops.reid3d.group_max(feats.detach(), idx)
-    torch.library.opcheck(torch.ops.reid3d.group_max_backward.default, (out.requires_grad_(), idx, slot, 30))
+    op, backward = torch.ops.reid3d.group_max.default, torch.ops.reid3d.group_max_backward.default
+    for graph in ((None, None), transpose_graph(idx, 30)):
+        torch.library.opcheck(op, (feats.clone().requires_grad_(), idx, *graph))
+        out, slot = op(feats, idx, *graph)
+        torch.library.opcheck(backward, (out.requires_grad_(), idx, slot, *graph, 30))
 
 
 def test_compiles_into_one_graph(device, rng):
-    compiled = torch.compile(lambda x, i: group_max(x * 2, i).square().sum(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, i: group_max(x * 2, i).square().sum(), fullgraph=True, backend="aot_eager", dynamic=True
+    )
     for n in (20, 33):
         feats, idx = problem(rng, n=n, device=device)
         gradients = []
@@ -145,7 +191,31 @@ def test_errors(feats, idx, error, message):
         group_max(feats, idx)
 
 
-@pytest.mark.parametrize("wrong", [-1, 5, 2**40])
+GRAPH = transpose_graph(IDX, 5)
+
+
+@pytest.mark.parametrize(
+    ("transposed", "error", "message"),
+    [
+        (tuple(GRAPH), TypeError, "transposed must be a TransposedGraph, got tuple"),
+        (GRAPH._replace(edges=None), TypeError, "transposed.edges must be an int32 tensor, got NoneType"),
+        (GRAPH._replace(offsets=IDX), TypeError, "transposed.offsets must be an int32 tensor, got torch.int64"),
+        (transpose_graph(IDX, 6), ValueError, r"transposed.offsets must have shape \(2, 6\), got \(2, 7\)"),
+        (transpose_graph(IDX[:, 1:], 5), ValueError, r"transposed.edges must have shape \(2, 12\), got \(2, 9\)"),
+        (
+            TransposedGraph(GRAPH.offsets, GRAPH.edges.to("meta")),
+            ValueError,
+            "transposed.edges must be on the device of idx, cpu, got meta",
+        ),
+    ],
+)
+@pytest.mark.parametrize("op", [group_max, edge_pool])
+def test_errors_of_a_transposed_graph(op, transposed, error, message):
+    with pytest.raises(error, match=message):
+        op(FEATS, IDX, transposed=transposed)
+
+
+@pytest.mark.parametrize("wrong", [-1, 5, 2**32, 2**40, -(2**63)])
 def test_an_index_out_of_range_is_an_error_on_the_cpu(wrong):
-    with pytest.raises(RuntimeError, match="must be between 0 and 4|out of bounds"):
+    with pytest.raises(RuntimeError, match="idx must be between 0 and 4"):
         group_max(FEATS, IDX.clone().index_fill_(2, torch.tensor([1]), wrong))
