@@ -1,79 +1,89 @@
-// Farthest point sampling, a block per cloud. Contract: reid3d/ops/fps.py.
+// Farthest point sampling, a block per cloud. Contract: reid3d/ops/fps.py; what a warp does: fps.h.
+#include "fps.h"
+
+#include <optional>
+
 #include "launch.cuh"
 
 namespace reid3d {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kMemoryThreads = 1024;
 
-// The larger distance; the lower index where they are equal.
-template <typename T>
-__device__ void keep_farther(T& d, int64_t& i, T other_d, int64_t other_i) {
-  if (other_d > d || (other_d == d && other_i < i)) d = other_d, i = other_i;
-}
-
-template <typename T>
-__device__ void warp_farthest(T& d, int64_t& i) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const T other_d = __shfl_xor_sync(kAllLanes, d, offset);
-    const int64_t other_i = __shfl_xor_sync(kAllLanes, i, offset);
-    keep_farther(d, i, other_d, other_i);
-  }
-}
-
-// dist2, (B,N), holds the squared distance to the nearest picked point: +inf before the first, -1 for NaN points,
-// -inf once picked.
-template <typename T>
-__global__ void fps_kernel(const T* xyz_all, int64_t N, int64_t m, int64_t start, T* dist2_all, int64_t* picked_all) {
-  __shared__ T warp_d[kThreads / kWarp];
-  __shared__ int64_t warp_i[kThreads / kWarp];
-  const T* xyz = xyz_all + blockIdx.x * N * 3;
-  T* dist2 = dist2_all + blockIdx.x * N;
+// One barrier a step is enough: what is named in a step is overwritten two steps later, and before that every warp has
+// been at the barrier between.
+template <int Threads, int P>
+__global__ void __launch_bounds__(Threads)
+    fps_registers_kernel(const float* xyz_all, int32_t N, int64_t m, int32_t start, int64_t* picked_all) {
+  __shared__ FpsName names[2][Threads / kWarp];
+  const float* xyz = xyz_all + static_cast<int64_t>(blockIdx.x) * N * 3;
   int64_t* picked = picked_all + blockIdx.x * m;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-
-  // A thread reads and writes only its own entries of dist2, every kThreads-th: no barrier is needed for them.
-  for (int64_t i = threadIdx.x; i < N; i += kThreads) {
-    const bool number = xyz[3 * i] == xyz[3 * i] && xyz[3 * i + 1] == xyz[3 * i + 1] && xyz[3 * i + 2] == xyz[3 * i + 2];
-    dist2[i] = number ? infinity<T>() : T(-1);
-  }
-  int64_t current = start;
+  const int warp = threadIdx.x / kWarp;
+  FpsRegisters<Threads, P> cloud(xyz, N, warp);
+  int32_t current = start;
   for (int64_t step = 0; step < m; ++step) {
     if (threadIdx.x == 0) picked[step] = current;
-    const T x = xyz[3 * current], y = xyz[3 * current + 1], z = xyz[3 * current + 2];
-    T best = -infinity<T>();
-    int64_t best_i = N;
-    for (int64_t i = threadIdx.x; i < N; i += kThreads) {
-      const T d = squared_distance3(xyz[3 * i], xyz[3 * i + 1], xyz[3 * i + 2], x, y, z);
-      T nearest = d < dist2[i] ? d : dist2[i];  // a NaN leaves what was there
-      if (i == current) nearest = -infinity<T>();
-      dist2[i] = nearest;
-      if (nearest > best) best = nearest, best_i = i;
-    }
-    warp_farthest(best, best_i);
-    if (lane == 0) warp_d[warp] = best, warp_i[warp] = best_i;
+    if (step + 1 == m) break;
+    const float* p = xyz + 3 * current;
+    const FpsName name = cloud.pick(current, p[0], p[1], p[2]);
+    if (threadIdx.x % kWarp == 0) names[step % 2][warp] = name;
     __syncthreads();
-    best = warp_d[lane % (kThreads / kWarp)];
-    best_i = warp_i[lane % (kThreads / kWarp)];
-    warp_farthest(best, best_i);
-    current = best_i < N ? best_i : start;  // after the last pick nothing is left, and nothing is read any more
-    __syncthreads();
+    current = fps_choose(names[step % 2], Threads / kWarp);
   }
 }
 
-Tensor farthest_point_sample(const Tensor& xyz_, int64_t m, int64_t start) {
+template <typename T>
+__global__ void __launch_bounds__(kMemoryThreads)
+    fps_memory_kernel(const T* xyz_all, int32_t N, int64_t m, int32_t start, T* dist2_all, int64_t* picked_all) {
+  __shared__ Farthest<T> names[2][kMemoryThreads / kWarp];
+  const int64_t cloud_start = static_cast<int64_t>(blockIdx.x) * N;
+  int64_t* picked = picked_all + blockIdx.x * m;
+  const int warp = threadIdx.x / kWarp;
+  const FpsMemory<T> cloud{xyz_all + cloud_start * 3, dist2_all + cloud_start, N, kMemoryThreads, warp};
+  cloud.start();
+  int32_t current = start;
+  for (int64_t step = 0; step < m; ++step) {
+    if (threadIdx.x == 0) picked[step] = current;
+    if (step + 1 == m) break;
+    const T* p = cloud.xyz + static_cast<int64_t>(3) * current;
+    const Farthest<T> name = cloud.pick(current, p[0], p[1], p[2]);
+    if (threadIdx.x % kWarp == 0) names[step % 2][warp] = name;
+    __syncthreads();
+    current = FpsMemory<T>::choose(names[step % 2], kMemoryThreads / kWarp);
+  }
+}
+
+template <int Threads, int P>
+bool launch_if_it_fits(const Tensor& xyz, int64_t m, int64_t start, Tensor& picked) {
+  const int64_t N = xyz.size(1);
+  if (xyz.scalar_type() != ScalarType::Float || N > Threads * P) return false;
+  fps_registers_kernel<Threads, P><<<blocks_for(xyz.size(0), 1), Threads, 0, current_stream(xyz)>>>(
+      xyz.const_data_ptr<float>(), static_cast<int32_t>(N), m, static_cast<int32_t>(start),
+      picked.mutable_data_ptr<int64_t>());
+  return true;
+}
+
+// The order is not used: fps.h.
+Tensor farthest_point_sample(const Tensor& xyz_, const std::optional<Tensor>&, int64_t m, int64_t start) {
   const Tensor xyz = torch::stable::contiguous(xyz_);
   const DeviceGuard guard(xyz.get_device_index());
   const int64_t B = xyz.size(0), N = xyz.size(1);
+  STD_TORCH_CHECK(N <= std::numeric_limits<int32_t>::max(), "reid3d::farthest_point_sample: more than 2^31 - 1 points");
   Tensor picked = torch::stable::new_empty(xyz, {B, m}, ScalarType::Long);
   if (picked.numel() == 0) return picked;
-  const Tensor dist2 = torch::stable::new_empty(xyz, {B, N});
-  dispatch_float_double(xyz, [&](auto zero) {
-    using T = decltype(zero);
-    fps_kernel<T><<<blocks_for(B, 1), kThreads, 0, current_stream(xyz)>>>(
-        xyz.const_data_ptr<T>(), N, m, start, dist2.mutable_data_ptr<T>(), picked.mutable_data_ptr<int64_t>());
-    check_launch("farthest_point_sample");
-  });
+  // Measured by the instructions of a step: few warps with many points each, as long as registers last.
+  if (!launch_if_it_fits<64, 4>(xyz, m, start, picked) && !launch_if_it_fits<128, 8>(xyz, m, start, picked) &&
+      !launch_if_it_fits<256, 8>(xyz, m, start, picked) && !launch_if_it_fits<256, 16>(xyz, m, start, picked) &&
+      !launch_if_it_fits<512, 16>(xyz, m, start, picked)) {
+    const Tensor dist2 = torch::stable::new_empty(xyz, {B, N});
+    dispatch_float_double(xyz, [&](auto zero) {
+      using T = decltype(zero);
+      fps_memory_kernel<T><<<blocks_for(B, 1), kMemoryThreads, 0, current_stream(xyz)>>>(
+          xyz.const_data_ptr<T>(), static_cast<int32_t>(N), m, static_cast<int32_t>(start),
+          dist2.mutable_data_ptr<T>(), picked.mutable_data_ptr<int64_t>());
+    });
+  }
+  check_launch("farthest_point_sample");
   return picked;
 }
 

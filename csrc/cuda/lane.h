@@ -11,9 +11,13 @@
 
 #ifdef __CUDACC__
 #define REID3D_WARP __host__ __device__ __forceinline__
-#define REID3D_UNROLL _Pragma("unroll")
 #else
 #define REID3D_WARP inline
+#endif
+
+#ifdef __CUDA_ARCH__
+#define REID3D_UNROLL _Pragma("unroll")
+#else
 #define REID3D_UNROLL
 #endif
 
@@ -55,6 +59,12 @@ __device__ __forceinline__ T shfl(T x, int lane) {
 template <typename T>
 __device__ __forceinline__ T shfl_xor(T x, int mask) {
   return __shfl_xor_sync(kAllLanes, x, mask);
+}
+
+// A value that all lanes have.
+template <typename T>
+__device__ __forceinline__ T first_lane(T x) {
+  return x;
 }
 
 // Lane i takes the value of lane i - 1; lane 0 keeps its own.
@@ -118,6 +128,11 @@ Lane<T> shfl_xor(const Lane<T>& x, int mask) {
   Lane<T> r;
   for (int i = 0; i < kWarp; ++i) r.v[i] = x.v[i ^ mask];
   return r;
+}
+
+template <typename T>
+T first_lane(const Lane<T>& x) {
+  return x.v[0];
 }
 
 template <typename T>
