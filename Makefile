@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml constraints-cpu.txt CMakeLists.txt $(wildcard
 PIP := $(BIN)/python -m pip install -q -c constraints-cpu.txt
 
 # OpenMP threads that wait by spinning are several times slower as soon as anything else runs on the machine.
-demo test: export OMP_WAIT_POLICY = passive
+demo test bench: export OMP_WAIT_POLICY = passive
 
 .PHONY: demo test bench lint clean
 .DELETE_ON_ERROR:
@@ -19,7 +19,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 bench: $(READY)
-	$(BIN)/python benchmarks/ops.py
+	$(BIN)/reid3d bench kernels
 
 lint: $(READY)
 	$(BIN)/ruff check .

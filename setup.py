@@ -89,7 +89,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     install_requires=["torch>=2.10", "numpy", "safetensors", "pillow", "tqdm", "jsonargparse[signatures]"],
-    extras_require={"test": ["pytest", "hypothesis", "ruff", "mypy"]},
+    extras_require={
+        "test": ["pytest", "hypothesis", "ruff", "mypy"],
+        # What `reid3d bench` compares with. torch-cluster is built from source against the torch that is there, which
+        # takes minutes and needs --no-build-isolation.
+        "peers": ["fpsample", "scipy", "pykeops", "torch-cluster"],
+    },
     entry_points={"console_scripts": ["reid3d = reid3d.cli:main"]},
     # preprocess/ stands at the top of the repository and is installed as reid3d.preprocess
     packages=find_packages(include=["reid3d", "reid3d.*"])

@@ -113,6 +113,14 @@ def _parser() -> _Parser:
 
     doctor = command("doctor", "say what is installed and compiled, and whether it works")
     doctor.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
+
+    bench = command("bench", "time the ops beside what else computes the same")
+    bench.add_argument("suite", metavar="SUITE", choices=("kernels",), help="what to time: kernels")
+    bench.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
+    _number(bench, "--threads", 1, "threads on the CPU")
+    seconds_help = "time for each way to compute each case (default: %(default)s)"
+    bench.add_argument("--seconds", metavar="S", type=_seconds, default=1.0, help=seconds_help)
+    bench.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
     return parser
 
 
@@ -132,6 +140,16 @@ def _number(
 
     help += "" if default is None else " (default: %(default)s)"
     parser.add_argument(flag, metavar="N", type=number, default=default, help=help)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number greater than 0, got {text!r}")
+    return seconds
 
 
 def _synth(options: argparse.Namespace) -> None:
@@ -271,6 +289,14 @@ def _doctor(options: argparse.Namespace) -> None:
         raise RuntimeError(f"not all ops work: {', '.join(failed)}")
 
 
+def _bench(options: argparse.Namespace) -> None:
+    from .bench import run
+
+    figures = run(options.device, options.threads, options.seconds)
+    if options.json:
+        _write_json(options.json, figures)
+
+
 def _write_json(path: Path, figures: dict[str, Any]) -> None:
     from .io import atomic_write
 
@@ -286,4 +312,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "eval": _eval,
     "view": _view,
     "doctor": _doctor,
+    "bench": _bench,
 }

@@ -1,12 +1,44 @@
-"""Every published figure says where it was measured."""
+"""Every published figure says where it was measured; `reid3d bench` measures in turn and shows what it lost."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from reid3d import bench, cli
+from reid3d.bench import kernels, table, timing
+from reid3d.bench.timing import Case, Contender
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 FILES = sorted(RESULTS.glob("*.json"))
+CPU = torch.device("cpu")
+SMALL = kernels.Sizes(points=120, stages=(40, 20), k=5, channels=8, wide=(40, 12), width=9)
+
+
+def check(data):
+    """The form of a result."""
+    assert data["suite"] == "kernels"
+    where = data["environment"]
+    for key in ("commit", "cpu", "torch", "device", "python", "platform", "reid3d", "backend"):
+        assert isinstance(where[key], str) and where[key], key
+    assert isinstance(where["threads"], int) and where["threads"] > 0 and where["seconds"] > 0
+    assert set(where["peers"]) == set(bench.PEERS)
+    names = [(result["op"], result["shape"]) for result in data["results"]]
+    assert len(set(names)) == len(names) > 10
+    for result in data["results"]:
+        kinds = [entry["kind"] for entry in result["contenders"]]
+        assert kinds[:2] == ["ours", "torch"] and set(kinds) <= {"ours", "torch", "peer"} and kinds.count("ours") == 1
+        assert len({entry["name"] for entry in result["contenders"]}) == len(kinds)
+        for entry in result["contenders"]:
+            if "failed" in entry:
+                assert entry["kind"] != "ours" and entry["failed"]
+                continue
+            ms = entry["ms"]
+            assert 0 < ms["q1"] <= ms["median"] <= ms["q3"] and entry["calls"] >= timing.LEAST
+            assert entry["agrees"] is None or 0 <= entry["agrees"] <= 1
+        assert result["contenders"][0]["agrees"] > 0.9999, result
 
 
 def test_there_are_results():
@@ -14,16 +46,100 @@ def test_there_are_results():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_environment_and_figures(path):
+def test_published_figures(path):
     data = json.loads(path.read_text())
-    where = data["environment"]
-    for key in ("commit", "cpu", "torch", "device"):
-        assert isinstance(where[key], str) and where[key], key
-    assert isinstance(where["threads"], int) and where["threads"] > 0
-    assert not where["commit"].endswith("-dirty")
-    assert data["results"]
-    for result in data["results"]:
-        assert result.pop("case")
-        assert result
-        for figures in result.values():
-            assert 0 < figures["q1"] <= figures["median"] <= figures["q3"]
+    check(data)
+    assert not data["environment"]["commit"].endswith("-dirty") and data["environment"]["commit"] != "unknown"
+    assert data["environment"]["backend"] != "torch"
+
+
+def test_a_short_run(device, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "SIZES", SMALL)
+    monkeypatch.setattr(timing, "ROUNDS", 3)
+    threads = torch.get_num_threads()
+    file = tmp_path / "new" / "bench.json"
+    argv = ["bench", "kernels", "--device", str(device), "--threads", "1", "--seconds", "1e-4", "--json", str(file)]
+    assert cli.main(argv) == 0
+    assert torch.get_num_threads() == threads
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 120
+    data = json.loads(file.read_text())
+    check(data)
+    assert data["environment"]["threads"] == 1 and data["environment"]["device"] == str(device)
+    for result in data["results"]:  # once above its figures, once in the summary
+        assert out.count(f"\n{result['op']}, {result['shape']}") == 2
+
+
+def test_contenders_take_turns(monkeypatch):
+    calls = []
+    case = Case("op", "shape")
+    for name in "abc":
+        case.add(name, lambda name=name: calls.append(name))
+    found = timing.measure(case, 1e-9, CPU)
+    assert "".join(calls) == "abc" + "abcbcacab" + "abcbcacab"[: len(calls) - 12]
+    assert [entry["name"] for entry in found["contenders"]] == ["a", "b", "c"]
+    assert all(entry["calls"] >= timing.LEAST for entry in found["contenders"])
+
+
+def test_one_that_fails_is_told_and_leaves_the_others(monkeypatch):
+    case = Case("op", "shape")
+    case.add("ours", lambda: None, kind="ours")
+    case.add("broken", lambda: 1 / 0, kind="peer")
+    found = timing.measure(case, 1e-9, CPU)
+    assert found["contenders"][1] == {"name": "broken", "kind": "peer", "failed": "division by zero"}
+    assert "  broken                            failed: division by zero" in table.rows(found)
+    case.contenders = [Contender("ours", "ours", lambda: 1 / 0)]
+    with pytest.raises(ZeroDivisionError):
+        timing.measure(case, 1e-9, CPU)
+
+
+def test_losses_are_shown_as_losses():
+    def entry(name, kind, ms):
+        return {"name": name, "kind": kind, "agrees": 1.0, "ms": {"q1": ms, "median": ms, "q3": ms}}
+
+    ways = [entry("ours", "ours", 2.0), entry("a loop", "torch", 9.0), entry("other.op", "peer", 1.0)]
+    result = {"op": "op", "shape": "shape", "contenders": [*ways, entry("slow.op", "peer", 7.0)]}
+    line = list(table.summary([result]))[-1]
+    assert line.split() == ["op,", "shape", "2", "9", "(x", "4.5)", "1", "LOST", "x", "0.50", "other"]
+
+
+def test_wrong_results_are_seen():
+    x = kernels.bodies(2, 60)
+    ours, *_ = kernels.knn_case(x, 4, "body", {}, 1).contenders
+    right = ours.call()
+    assert ours.agrees(right) == 1
+    assert ours.agrees(SimpleNamespace(idx=right.idx[..., :1].expand_as(right.idx))) == 0.25  # one neighbour four times
+    ours, *_ = kernels.fps_case(x, 10, "body", {}).contenders
+    picked = ours.call()
+    assert ours.agrees(picked) == 1
+    assert ours.agrees(picked.roll(1, 1)) < 0.5  # another start is another sequence
+    ours, *_ = kernels.ball_case(x[:, :5], x, 0.4, 8, {}, 1).contenders
+    idx = ours.call()
+    assert ours.agrees(idx) == 1
+    idx[0, 0, 0] += 1
+    assert ours.agrees(idx) == 0.9
+    for backward in (False, True):
+        ours, *_ = kernels.group_max_case(x, idx, backward, {}).contenders
+        assert ours.agrees(ours.call()) == 1 and ours.agrees(ours.call() + 0.1) == 0
+
+
+def test_bodies_are_people_in_metres():
+    x = kernels.bodies(3, 500)
+    height = (x.amax(1) - x.amin(1))[:, 1]
+    assert x.shape == (3, 500, 3) and ((height > 1.2) & (height < 2.2)).all()
+    assert torch.equal(x, kernels.bodies(3, 500)) and not torch.equal(x[0], x[1])
+
+
+def test_libraries_that_are_absent_or_broken_are_one_line_each(tmp_path, monkeypatch):
+    (tmp_path / "broken_library.py").write_text("raise OSError('undefined symbol:\\n  x')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(bench, "PEERS", {"scipy": "no_such_library", "other": "broken_library", "json": "json"})
+    monkeypatch.setattr(bench.importlib.metadata, "version", lambda name: "1.0")
+    peers, absent = bench.load_peers()
+    assert peers == {"json": json}
+    about = bench.environment("cpu", 1, 1.0, peers)
+    assert about["peers"] == {"scipy": None, "other": None, "json": "1.0"}
+    *_, beside, missing, broken = table.heading(about, absent)
+    assert beside == "beside: json 1.0"
+    assert missing == "not installed: scipy, pip install reid3d[peers]"
+    assert broken == "other cannot be imported: undefined symbol: x"

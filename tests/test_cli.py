@@ -15,7 +15,7 @@ from reid3d import cli
 from reid3d.models import create_model, save_weights
 from tests.capsules import write_capsules
 
-COMMANDS = ["synth", "convert", "train", "eval", "view", "doctor"]
+COMMANDS = ["synth", "convert", "train", "eval", "view", "doctor", "bench"]
 SMALL = {"init_points": 128, "k": 8}
 
 
@@ -70,7 +70,7 @@ def test_help_and_version(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "a command is needed: synth, convert, train, eval, view, doctor"),
+        ([], "a command is needed: synth, convert, train, eval, view, doctor, bench"),
         (["evaluate"], "invalid choice: 'evaluate'"),
         (["synth"], "the following arguments are required: OUT"),
         (["synth", "out", "--ids", "0"], "argument --ids: must be a whole number from 2 to 9000, got '0'"),
@@ -84,6 +84,11 @@ def test_help_and_version(capsys):
         (["eval", "run", "data", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["eval", "run", "data", "--feat", "x"], "unrecognized arguments: --feat x"),
         (["doctor", "now"], "unrecognized arguments: now"),
+        (["bench"], "the following arguments are required: SUITE"),
+        (["bench", "models"], "argument SUITE: invalid choice: 'models'"),
+        (["bench", "kernels", "--threads", "0"], "argument --threads: must be a whole number of at least 1, got '0'"),
+        (["bench", "kernels", "--seconds", "nan"], "argument --seconds: must be a number greater than 0, got 'nan'"),
+        (["bench", "kernels", "--seconds", "long"], "argument --seconds: must be a number greater than 0, got 'long'"),
         (["train", "--data", "d"], "out"),
         (["train", "no-recipe", "--data", "d", "--out", "o"], "no-recipe"),
         (["train", "--data", "d", "--out", "o", "--train.lrr", "1"], "train.lrr"),
@@ -268,6 +273,7 @@ def test_inputs_that_are_not_there_or_not_of_that_kind(run, data, capsys, tmp_pa
         (["eval", run, empty], "holds no cloud shards"),
         (["eval", run, data, "--features", file], "File exists"),
         (["eval", run, none, "--device", "abacus"], "device 'abacus' cannot be used"),
+        (["bench", "kernels", "--device", "abacus"], "device 'abacus' cannot be used"),
         (["eval", run, none, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["train", "--data", none, "--out", tmp_path / "run", "--train.device", "hpu"], "device 'hpu' cannot be used"),
         (["view", none], "no such folder of features"),

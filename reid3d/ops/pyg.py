@@ -397,7 +397,7 @@ def _edges(found: Tensor, full: bool) -> Tensor:
     if full:
         return torch.stack([rows, found]).flatten(1)
     there = found >= 0
-    return torch.stack([rows[there], found[there]])
+    return torch.stack([rows.masked_select(there), found.masked_select(there)])
 
 
 def _directions(x: Tensor) -> Tensor:

@@ -1,0 +1,106 @@
+"""Times the ops beside plain torch and beside the libraries that do the same: `reid3d bench kernels`.
+
+All get the same points, in the form they want, and take turns, so that what else the machine does hits all alike.
+Reported are median and quartiles of single calls, and which share of the results agrees with an independent float64
+reference. The sizes are those of OG-Net. A library that is not installed is left out.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import doctor
+from .kernels import cases
+from .table import heading, rows, summary
+from .timing import measure, one_line
+
+PEERS = {  # distribution: module
+    "fpsample": "fpsample",
+    "pykeops": "pykeops.torch",
+    "pytorch3d": "pytorch3d.ops",
+    "scipy": "scipy.spatial",
+    "torch-cluster": "torch_cluster",
+}
+
+
+def run(device: str = "cpu", threads: int = 1, seconds: float = 1.0, say: Callable[[str], None] = print) -> dict:
+    """Measure every case: the environment and the results, as plain JSON types. `say` gets the table line by line.
+
+    Args:
+        device: "cpu" or "cuda", also with a number.
+        threads: on the CPU, of ours, of torch, and of the libraries that can use several.
+        seconds: time each contender of each case is given; a slow one takes three calls even so.
+        say: called with one line at a time.
+
+    Raises:
+        RuntimeError: there is no such device.
+    """
+    from ..models import resolve_device
+
+    where = resolve_device(device)
+    before = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by libraries with an OpenMP of their own when they are loaded
+    torch.set_num_threads(threads)
+    try:
+        peers, absent = load_peers()
+        about = environment(str(where), threads, seconds, peers)
+        for line in heading(about, absent):
+            say(line)
+        results = []
+        for case in cases(where, peers, threads):
+            results.append(measure(case, seconds, where))
+            for line in rows(results[-1]):
+                say(line)
+        for line in summary(results):
+            say(line)
+    finally:
+        torch.set_num_threads(before[0])
+        os.environ.pop("OMP_NUM_THREADS")
+        if before[1] is not None:
+            os.environ["OMP_NUM_THREADS"] = before[1]
+    return {"suite": "kernels", "environment": about, "results": results}
+
+
+def load_peers() -> tuple[dict[str, Any], dict[str, str]]:
+    """The libraries that can be imported, and why the others cannot."""
+    peers, absent = {}, {}
+    for name, module in PEERS.items():
+        try:
+            peers[name] = importlib.import_module(module)
+        except ModuleNotFoundError:
+            absent[name] = "not installed"
+        except Exception as error:  # built for another torch, say: no reason not to measure the rest
+            absent[name] = f"cannot be imported: {one_line(error)}"
+    if "pykeops" in peers:
+        importlib.import_module("pykeops").set_verbose(False)
+    return peers, absent
+
+
+def environment(device: str, threads: int, seconds: float, peers: dict[str, Any]) -> dict[str, Any]:
+    """Machine, versions and commit of a result."""
+    about = doctor.report()
+    keys = ("reid3d", "python", "platform", "torch", "numpy", "backend", "isa", "cpu", "cores", "cuda", "gpus")
+    return {
+        "commit": _commit(),
+        "device": device,
+        "threads": threads,
+        "seconds": seconds,
+        **{key: str(about[key]) if key == "torch" else about.get(key) for key in keys},
+        "peers": {name: importlib.metadata.version(name) if name in peers else None for name in PEERS},
+    }
+
+
+def _commit() -> str:
+    """Of the source tree the package was imported from."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"
