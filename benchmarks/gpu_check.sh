@@ -24,6 +24,7 @@ for tool in memcheck racecheck synccheck initcheck; do
   step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 python benchmarks/gpu_small.py
 done
 step streams python benchmarks/gpu_streams.py
+python -c 'import torch_cluster' 2>/dev/null && step pyg python benchmarks/pyg_check.py cuda
 step bench python -m reid3d bench kernels --device cuda --json "$out/kernels-cuda.json"
 echo "$failed steps failed"
 exit "$failed"

@@ -141,5 +141,5 @@ def test_libraries_that_are_absent_or_broken_are_one_line_each(tmp_path, monkeyp
     assert about["peers"] == {"scipy": None, "other": None, "json": "1.0"}
     *_, beside, missing, broken = table.heading(about, absent)
     assert beside == "beside: json 1.0"
-    assert missing == "not installed: scipy, pip install reid3d[peers]"
+    assert missing == 'not installed: scipy; pip install --no-build-isolation ".[peers]"'
     assert broken == "other cannot be imported: undefined symbol: x"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-EXTRA = ("fpsample", "pykeops", "scipy", "torch-cluster")  # what pip install reid3d[peers] brings
+EXTRA = ("fpsample", "pykeops", "scipy", "torch-cluster")  # what the extra [peers] brings
 
 
 def heading(about: dict[str, Any], absent: dict[str, str]) -> Iterator[str]:
@@ -15,7 +15,7 @@ def heading(about: dict[str, Any], absent: dict[str, str]) -> Iterator[str]:
     yield f"beside: {', '.join(there) or 'plain torch only'}"
     missing = [name for name, why in absent.items() if why == "not installed"]
     if missing:
-        advice = ", pip install reid3d[peers]" if set(missing) & set(EXTRA) else ""
+        advice = '; pip install --no-build-isolation ".[peers]"' if set(missing) & set(EXTRA) else ""
         yield f"not installed: {', '.join(missing)}{advice}"
     yield from (f"{name} {why}" for name, why in absent.items() if why != "not installed")
 
