@@ -29,7 +29,7 @@ def check(data):
     assert len(set(names)) == len(names) > 10
     for result in data["results"]:
         kinds = [entry["kind"] for entry in result["contenders"]]
-        assert kinds[:2] == ["ours", "torch"] and set(kinds) <= {"ours", "torch", "peer"} and kinds.count("ours") == 1
+        assert kinds[0] == "ours" and "torch" in kinds and set(kinds) <= {"ours", "torch", "peer"}
         assert len({entry["name"] for entry in result["contenders"]}) == len(kinds)
         for entry in result["contenders"]:
             if "failed" in entry:
@@ -38,7 +38,7 @@ def check(data):
             ms = entry["ms"]
             assert 0 < ms["q1"] <= ms["median"] <= ms["q3"] and entry["calls"] >= timing.LEAST
             assert entry["agrees"] is None or 0 <= entry["agrees"] <= 1
-        assert result["contenders"][0]["agrees"] > 0.9999, result
+            assert entry["kind"] != "ours" or entry["agrees"] > 0.9999, (result["op"], entry)
 
 
 def test_there_are_results():

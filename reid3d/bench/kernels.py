@@ -1,6 +1,7 @@
 """What `reid3d bench kernels` measures: each op on clouds of OG-Net's sizes, ours, plain torch and other libraries."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -210,10 +211,14 @@ def fps_case(xyz: Tensor, m: int, kind: str, peers: dict[str, Any]) -> Case:
         case.add(name, lambda: p3d.sample_farthest_points(xyz, K=m), lambda out: right(out[1]), kind="peer")
     if (fpsample := peers.get("fpsample")) and xyz.device.type == "cpu":
         clouds = [cloud.numpy() for cloud in xyz]
+
+        def buckets(height: int) -> list[Any]:
+            return [fpsample.bucket_fps_kdline_sampling(cloud, m, height, start_idx=0) for cloud in clouds]
+
         for height in (3, 5, 7):
             case.add(
                 f"fpsample bucket, h = {height}",
-                lambda h=height: [fpsample.bucket_fps_kdline_sampling(cloud, m, h, start_idx=0) for cloud in clouds],
+                partial(buckets, height),
                 lambda idx: right(torch.stack([torch.as_tensor(row.astype("int64")) for row in idx])),
                 kind="peer",
                 note="from a start of its own",
@@ -288,9 +293,14 @@ def group_max_case(x: Tensor, idx: Tensor, backward: bool, peers: dict[str, Any]
         ("torch", "index_select + amax", lambda x: x.flatten(0, 1).index_select(0, flat).view(B, M, K, C).amax(2)),
         ("torch", "index_select + max", lambda x: x.flatten(0, 1).index_select(0, flat).view(B, M, K, C).max(2).values),
     ]
+    if backward:
+        transposed = ops.transpose_graph(idx, N)
+        ways.insert(
+            1, ("ours", "the same, graph transposed before", lambda x: ops.group_max(x, idx, transposed=transposed))
+        )
     if p3d := peers.get("pytorch3d"):
         ways.append(("peer", "pytorch3d knn_gather + max", lambda x: p3d.knn_gather(x, idx).max(2).values))
-    if backward:  # the reference shares ties no more than ours does; amax, which does, is told by its figure
+    if backward:  # to the winner alone, where amax divides it among equal ones
         wins = x.double()[each, idx].max(2).indices
         exact = torch.zeros_like(x, dtype=torch.float64).scatter_add_(1, idx.gather(2, wins), grad.double())
         right = _close(exact)
@@ -298,7 +308,7 @@ def group_max_case(x: Tensor, idx: Tensor, backward: bool, peers: dict[str, Any]
         right = _close(x.double()[each, idx].amax(2))
     case = Case("group_max" + " + gradient" * backward, f"{B} x {M} x {K} of {N}, C = {C}")
     for kind, name, way in ways:
-        call = _both(x, way, grad) if backward else lambda way=way: way(x)
+        call = _both(x, way, grad) if backward else partial(way, x)
         case.add(name, call, lambda out: right((out,)), kind=kind)
     return case
 
@@ -329,11 +339,15 @@ def edge_pool_case(x: Tensor, idx: Tensor, backward: bool) -> Case:
     ]
     exact = pools(x.double()[each, idx])
     if backward:
+        transposed = ops.transpose_graph(idx, N)
+        ways.insert(
+            1, ("ours", "the same, graph transposed before", lambda x: ops.edge_pool(x, idx, transposed=transposed))
+        )
         exact = both(x.double(), lambda x: pools(x[each, idx]), [grad.double() for grad in grads])
     right = _close(*exact)
     case = Case("edge_pool" + " + gradient" * backward, f"{B} x {M} x {K} of {N}, C = {C}")
     for kind, name, way in ways:
-        call = (lambda way=way: both(x, way, grads)) if backward else (lambda way=way: way(x))
+        call = partial(both, x, way, grads) if backward else partial(way, x)
         case.add(name, call, right, kind=kind)
     return case
 

@@ -30,7 +30,7 @@ def rows(result: dict[str, Any]) -> Iterator[str]:
             yield f"  {entry['name']:<34.34}failed: {entry['failed']}"[:120]
             continue
         ms = entry["ms"]
-        times = "" if entry["kind"] == "ours" else f"x {ms['median'] / ours:.3g}"
+        times = "" if entry is result["contenders"][0] else f"x {ms['median'] / ours:.3g}"
         agrees = "" if entry["agrees"] is None else _percent(entry["agrees"])
         spread = f"({_ms(ms['q1'])} - {_ms(ms['q3'])})"
         line = f"  {entry['name']:<34.34}{_ms(ms['median']):>9} ms  {spread:<21}{times:>9}  {agrees:>10}"

@@ -26,7 +26,7 @@ class Contender:
 
 @dataclass
 class Case:
-    """An op on one input: those that compute it, ours first."""
+    """An op on one input: those that compute it, ours first, as most will call it."""
 
     op: str
     shape: str

@@ -11,6 +11,8 @@ and defaults, the order of edges and the strict `<` of a radius are theirs. Wher
 * of too many neighbours within a radius the first in index order stay, as theirs on CUDA, not arbitrary ones;
 * a cloud may be empty, batches must be sorted, and dimensions, devices and values are checked.
 
+torch_geometric's EdgeConv on the edges of knn_graph is its DynamicEdgeConv, which asks for a library of its own.
+
 Floating-point points only; float16 and bfloat16 are read as float32. A NaN coordinate is farthest of all, and within no
 radius. `num_workers` is taken and without effect (torch.set_num_threads has one). The sizes of the clouds are read on
 the host, so on CUDA each call waits for the device, as theirs do.
