@@ -9,7 +9,8 @@
 #ifdef __CUDACC__
 #define REID3D_HOST_DEVICE __host__ __device__
 #else
-#define REID3D_HOST_DEVICE
+// always inlined: the CPU kernels are compiled for several instruction sets, which must not share a function
+#define REID3D_HOST_DEVICE __attribute__((always_inline))
 #endif
 
 namespace reid3d {

@@ -1,113 +1,74 @@
-// k nearest neighbours by brute force: tiles of distances, of which those below the k-th smallest so far are kept.
-// Contract: reid3d/ops/knn.py.
+// k nearest neighbours: the binding of knn.h. In space (D <= 3) by a tree, else by blocks of all distances.
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 
-#include "columns.h"
+#include "cloud.h"
 
 namespace reid3d {
 namespace {
 
-// A candidate (distance, index) that orders by distance, then by index. The bits of a non-negative float order as the
-// float does, so that in single precision both fit one integer.
-template <typename T>
-struct Candidate {
-  T distance;
-  int64_t index;
-  Candidate() = default;
-  Candidate(T d, int64_t i) : distance(d), index(i) {}
-  T dist2() const { return distance; }
-  int64_t idx() const { return index; }
-  bool operator<(const Candidate& o) const {
-    return distance < o.distance || (distance == o.distance && index < o.index);
-  }
-};
+constexpr int64_t kChunk = 256;             // queries along the curve that a thread takes at a time
+constexpr int64_t kBlockBytes = 192 << 10;  // of distances, which should stay in the cache
 
-template <>
-struct Candidate<float> {
-  uint64_t key;
-  Candidate() = default;
-  Candidate(float d, int64_t i) {
-    uint32_t bits;
-    std::memcpy(&bits, &d, sizeof bits);
-    key = static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(i);
-  }
-  float dist2() const {
-    const uint32_t bits = static_cast<uint32_t>(key >> 32);
-    float d;
-    std::memcpy(&d, &bits, sizeof d);
-    return d;
-  }
-  int64_t idx() const { return static_cast<uint32_t>(key); }
-  bool operator<(const Candidate& o) const { return key < o.key; }
-};
-
-constexpr int64_t kGroup = 16;  // candidates are looked for in groups of this many
-constexpr int64_t kSlack = 32;  // candidates held beyond k before the k smallest are selected again
+// f(b, begin, end) for pieces of at most `chunk` of the M rows of B clouds.
+template <typename F>
+void for_rows(int64_t B, int64_t M, int64_t chunk, F&& f) {
+  const int64_t chunks = (M + chunk - 1) / chunk;
+  torch::stable::parallel_for(0, B * chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = i % chunks * chunk;
+      f(i / chunks, begin, std::min(begin + chunk, M));
+    }
+  });
+}
 
 template <typename T>
-REID3D_INLINE void nearest(const T* q, const T* columns, int64_t n, int64_t stride, int64_t dims, int64_t k,
-                           Candidate<T>* kept, T* dist2_out, int64_t* idx_out) {
-  constexpr T inf = std::numeric_limits<T>::infinity();
-  T limit = inf;     // the k-th smallest distance at the last selection
-  bool open = true;  // fewer than k were seen: everything is kept, even at infinity
-  int64_t count = 0;
-  T dist2[kTile];
-  for (int64_t first = 0; first < n; first += kTile) {
-    tile_distances(q, columns + first, stride, dims, dist2);
-    for (int64_t j = 0; j < kTile; ++j) dist2[j] = dist2[j] < inf ? dist2[j] : inf;  // NaN counts as +inf
-    const int64_t size = std::min(kTile, n - first);
-    for (int64_t g = 0; g < size; g += kGroup) {
-      int below = open;
-      for (int64_t j = g; j < g + kGroup; ++j) below |= dist2[j] < limit;
-      if (!below) continue;
-      for (int64_t j = g; j < std::min(g + kGroup, size); ++j) {
-        kept[count] = Candidate<T>(dist2[j], first + j);
-        count += open | (dist2[j] < limit);  // a tie with the limit has the higher index: it loses
-      }
-    }
-    if (open ? count >= k : count > k + kSlack) {
-      std::nth_element(kept, kept + (k - 1), kept + count);
-      limit = kept[k - 1].dist2();
-      count = k;
-      open = false;
-    }
-  }
-  std::partial_sort(kept, kept + k, kept + count);
-  for (int64_t i = 0; i < k; ++i) {
-    dist2_out[i] = kept[i].dist2();
-    idx_out[i] = kept[i].idx();
-  }
+void in_space(const Tensor& query, const Tensor& points, const std::optional<Tensor>& order, int64_t k, T* dist2,
+              int64_t* idx) {
+  const int64_t B = query.size(0), M = query.size(1), n = points.size(1);
+  const Forest<T> forest(points, order);
+  const bool self = query.const_data_ptr<T>() == points.const_data_ptr<T>() && M == n;
+  std::optional<Forest<T>> other;
+  if (!self) other.emplace(query, std::nullopt);
+  for_rows(B, M, kChunk, [&](int64_t b, int64_t begin, int64_t end) {
+    const Scratch<char> scratch(knn_scratch(n, k));
+    const size_t at = static_cast<size_t>(b);
+    const Tree<T>& queries = self ? forest.trees[at] : other->trees[at];
+    kernels().of(T()).knn(queries, begin, end, forest.trees[at], k, scratch.get(), dist2 + b * M * k, idx + b * M * k);
+  });
 }
 
-REID3D_HOT void nearest_of(const float* q, const float* columns, int64_t n, int64_t stride, int64_t dims, int64_t k,
-                           Candidate<float>* kept, float* dist2, int64_t* idx) {
-  nearest(q, columns, n, stride, dims, k, kept, dist2, idx);
+template <typename T>
+void by_blocks(const Tensor& query, const Tensor& points, int64_t k, T* dist2, int64_t* idx) {
+  const int64_t B = query.size(0), M = query.size(1), n = points.size(1), dims = query.size(2);
+  const int64_t stride = round_up(n, kLeaf);
+  const int64_t chunk = std::max<int64_t>(8, kBlockBytes / static_cast<int64_t>(sizeof(T)) / stride / 8 * 8);
+  const T *q = query.const_data_ptr<T>(), *p = points.const_data_ptr<T>();
+  const Scratch<T> panels(B * stride * dims);
+  torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      kernels().of(T()).pack(p + b * n * dims, n, dims, panels.get() + b * stride * dims);
+  });
+  for_rows(B, M, chunk, [&](int64_t b, int64_t begin, int64_t end) {
+    const Scratch<char> scratch(knn_scratch(n, k));
+    const Scratch<T> distances((end - begin) * stride);
+    const int64_t row = b * M + begin;
+    kernels().of(T()).knn_rows(q + row * dims, end - begin, panels.get() + b * stride * dims, n, dims, k,
+                               distances.get(), scratch.get(), dist2 + row * k, idx + row * k);
+  });
 }
 
-REID3D_HOT void nearest_of(const double* q, const double* columns, int64_t n, int64_t stride, int64_t dims, int64_t k,
-                           Candidate<double>* kept, double* dist2, int64_t* idx) {
-  nearest(q, columns, n, stride, dims, k, kept, dist2, idx);
-}
-
-std::tuple<Tensor, Tensor> knn(const Tensor& query_, const Tensor& points_, int64_t k) {
+std::tuple<Tensor, Tensor> knn(const Tensor& query_, const Tensor& points_, std::optional<Tensor> order, int64_t k) {
   const Tensor query = torch::stable::contiguous(query_), points = torch::stable::contiguous(points_);
-  const int64_t B = query.size(0), M = query.size(1), N = points.size(1), D = points.size(2);
-  STD_TORCH_CHECK(N <= std::numeric_limits<int32_t>::max(), "reid3d::knn: more than 2^31 - 1 points in a cloud");
+  const int64_t B = query.size(0), M = query.size(1);
+  STD_TORCH_CHECK(points.size(1) <= kMaxPoints, "reid3d: a cloud has at most ", kMaxPoints, " points, got ", points.size(1));
   Tensor dist2 = torch::stable::new_empty(query, {B, M, k});
   Tensor idx = torch::stable::new_empty(query, {B, M, k}, ScalarType::Long);
+  if (idx.numel() == 0) return {dist2, idx};
   dispatch_float_double(query, [&](auto zero) {
     using T = decltype(zero);
-    const Columns<T> columns(points);
-    const T* q = query.const_data_ptr<T>();
-    T* d = dist2.mutable_data_ptr<T>();
-    int64_t* i = idx.mutable_data_ptr<int64_t>();
-    torch::stable::parallel_for(0, B * M, 16, [&](int64_t begin, int64_t end) {
-      std::vector<Candidate<T>> kept(static_cast<size_t>(k + kSlack + 2 * kTile));
-      for (int64_t row = begin; row < end; ++row)
-        nearest_of(q + row * D, columns.cloud(row / M), N, columns.stride, D, k, kept.data(), d + row * k, i + row * k);
-    });
+    if (query.size(2) <= 3) in_space<T>(query, points, order, k, dist2.mutable_data_ptr<T>(), idx.mutable_data_ptr<int64_t>());
+    else by_blocks<T>(query, points, k, dist2.mutable_data_ptr<T>(), idx.mutable_data_ptr<int64_t>());
   });
   return {dist2, idx};
 }

@@ -16,6 +16,7 @@ from .edge_pool import EdgePool, edge_pool, edge_pool_reference
 from .fps import farthest_point_sample, farthest_point_sample_reference
 from .group_max import group_max, group_max_reference
 from .knn import KNN, knn, knn_reference
+from .morton import morton_order, morton_order_reference
 from .transpose import TransposedGraph, transpose_graph, transpose_graph_reference
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "group_max_reference",
     "knn",
     "knn_reference",
+    "morton_order",
+    "morton_order_reference",
     "transpose_graph",
     "transpose_graph_reference",
 ]

@@ -39,11 +39,11 @@ def ball_query(centers: Tensor, points: Tensor, radius: float, k: int) -> Tensor
         raise ValueError(f"radius must be greater than 0, got {radius}")
     check_not_empty("points", points)
     k = check_int("k", k, 1)
-    return torch.ops.reid3d.ball_query(centers, points, float(radius), k)
+    return torch.ops.reid3d.ball_query(centers, points, float(radius), k)[0]
 
 
-def ball_query_reference(centers: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
-    """`ball_query` in plain torch, for float32 and float64."""
+def ball_query_reference(centers: Tensor, points: Tensor, radius: float, k: int) -> tuple[Tensor, Tensor]:
+    """`ball_query` in plain torch, for float32 and float64, and with it the hits in every ball, at most k, (B,M) int32."""
     N = points.shape[1]
     radius2 = torch.tensor(radius, dtype=points.dtype, device=points.device).square()
     order = torch.arange(N, device=points.device)
@@ -54,17 +54,18 @@ def ball_query_reference(centers: Tensor, points: Tensor, radius: float, k: int)
         blocks.append(torch.nn.functional.pad(hits, (0, k - hits.shape[2]), value=N))
     idx = torch.cat(blocks, dim=1)
     first = idx[..., :1] % N  # an empty ball has N here: index 0
-    return torch.where(idx == N, first, idx)
+    return torch.where(idx == N, first, idx), (idx < N).sum(2, dtype=torch.int32)
 
 
 torch.library.define(
     "reid3d::ball_query",
-    "(Tensor centers, Tensor points, float radius, int k) -> Tensor",
+    "(Tensor centers, Tensor points, float radius, int k) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.impl("reid3d::ball_query", "CompositeExplicitAutograd", ball_query_reference)
 
 
 @torch.library.register_fake("reid3d::ball_query")
-def _fake(centers: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
-    return centers.new_empty((centers.shape[0], centers.shape[1], k), dtype=torch.int64)
+def _fake(centers: Tensor, points: Tensor, radius: float, k: int) -> tuple[Tensor, Tensor]:
+    B, M, _ = centers.shape
+    return centers.new_empty((B, M, k), dtype=torch.int64), centers.new_empty((B, M), dtype=torch.int32)

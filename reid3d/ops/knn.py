@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_int, check_not_empty, check_points, check_same_cloud_batch
+from .morton import check_order
 
 
 class KNN(NamedTuple):
@@ -15,7 +16,7 @@ class KNN(NamedTuple):
     idx: Tensor
 
 
-def knn(query: Tensor, points: Tensor, k: int) -> KNN:
+def knn(query: Tensor, points: Tensor, k: int, *, order: Tensor | None = None) -> KNN:
     """The k nearest points of every query, exactly.
 
     Distances are differences of coordinates, never |q|^2 + |p|^2 - 2qp, so clouds far from the origin keep their
@@ -28,13 +29,15 @@ def knn(query: Tensor, points: Tensor, k: int) -> KNN:
         query: (B,M,D) floating point. float16 and bfloat16 are read as float32.
         points: (B,N,D), same dtype and device, N >= 1.
         k: number of neighbours, 1 <= k <= N.
+        order: what `morton_order` gave for points, to save its computation. It changes no result; with D > 3 it is unused.
 
     Returns:
         KNN(dist2, idx), both (B,M,k), ascending; dist2 is float32 or float64 and differentiable with respect to query
         and points (the choice of neighbours is a constant), in the squared unit of the input.
 
     Raises:
-        TypeError: an argument of the wrong kind. ValueError: a shape or k out of range.
+        TypeError: an argument of the wrong kind. ValueError: a shape or k out of range. RuntimeError: order is no
+        permutation (on CUDA: an index out of range, reported at the next synchronisation).
 
     Source: the k-NN graph of EdgeConv, Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", TOG 2019.
     """
@@ -43,7 +46,8 @@ def knn(query: Tensor, points: Tensor, k: int) -> KNN:
     check_same_cloud_batch("query", query, "points", points)
     check_not_empty("points", points)
     k = check_int("k", k, 1, points.shape[1], "the number of points")
-    return KNN(*torch.ops.reid3d.knn(query, points, k))
+    check_order(order, points)
+    return KNN(*torch.ops.reid3d.knn(query, points, order, k))
 
 
 def squared_distances(query: Tensor, points: Tensor) -> Tensor:
@@ -87,19 +91,25 @@ def knn_reference(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor
 
 
 torch.library.define(
-    "reid3d::knn", "(Tensor query, Tensor points, int k) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
+    "reid3d::knn",
+    "(Tensor query, Tensor points, Tensor? order, int k) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
-torch.library.impl("reid3d::knn", "CompositeExplicitAutograd", knn_reference)
+
+
+@torch.library.impl("reid3d::knn", "CompositeExplicitAutograd")
+def _plain(query: Tensor, points: Tensor, order: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    return knn_reference(query, points, k)
 
 
 @torch.library.register_fake("reid3d::knn")
-def _fake(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, points: Tensor, order: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], query.shape[1], k)
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, points, _ = inputs
+    query, points, *_ = inputs
     ctx.save_for_backward(query, points, output[1])
 
 
@@ -110,7 +120,7 @@ def _backward(ctx, grad_dist2: Tensor, _grad_idx):
     neighbours = points.gather(1, rows).view(B, M, k, -1)
     grad = 2 * grad_dist2[..., None] * (query[:, :, None] - neighbours)  # d|q-p|^2/dq = 2(q-p) = -d|q-p|^2/dp
     grad_points = torch.zeros_like(points).scatter_add(1, rows, -grad.reshape(B, M * k, -1))
-    return grad.sum(2), grad_points, None
+    return grad.sum(2), grad_points, None, None
 
 
 torch.library.register_autograd("reid3d::knn", _backward, setup_context=_setup_context)

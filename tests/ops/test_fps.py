@@ -102,7 +102,7 @@ def test_numpy_numbers_are_numbers(device, rng):
 
 def test_opcheck(device, rng):
     xyz = cloud("random", 20, rng).to(device, torch.float32)
-    torch.library.opcheck(torch.ops.reid3d.farthest_point_sample.default, (xyz, 5, 0))
+    torch.library.opcheck(torch.ops.reid3d.farthest_point_sample.default, (xyz, None, 5, 0))
 
 
 def test_compiles_into_one_graph(device, rng):

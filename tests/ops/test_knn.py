@@ -139,8 +139,8 @@ def test_gradients(device, rng):
 
 def test_opcheck(device, rng):
     xyz = cloud("random", 20, rng).to(device, torch.float32)
-    torch.library.opcheck(torch.ops.reid3d.knn.default, (xyz.requires_grad_(), xyz[:, :5].detach(), 4))
-    torch.library.opcheck(torch.ops.reid3d.knn.default, (xyz.detach().double(), xyz.detach().double(), 4))
+    torch.library.opcheck(torch.ops.reid3d.knn.default, (xyz.requires_grad_(), xyz[:, :5].detach(), None, 4))
+    torch.library.opcheck(torch.ops.reid3d.knn.default, (xyz.detach().double(), xyz.detach().double(), None, 4))
 
 
 def test_compiles_into_one_graph(device, rng):

@@ -1,0 +1,49 @@
+// What the kernels offer to the bindings: one table a set of instructions. kernels.cpp is compiled once for each; which of
+// them runs is decided once, by the processor, or by REID3D_ISA=portable|avx2|avx512 in the environment.
+#pragma once
+
+#include <cstdint>
+
+#include "tree.h"
+
+namespace reid3d {
+
+template <typename T>
+struct PointKernels {
+  // The places 0..n-1 of a cloud along the Z-curve; `keys` is scratch of 2n.
+  void (*morton_order)(const T* rows, int64_t n, int64_t dims, uint64_t* keys, int32_t* order);
+  // Fills a tree laid out for n points (D <= 3, missing coordinates are 0) in the given order.
+  void (*build)(const T* rows, int64_t dims, const int32_t* order, Tree<T>& tree);
+  // Rows [begin, end) along the curve of `queries`, written at their places in dist2 and idx (M,k). `rows` is the cloud,
+  // `keys` scratch of knn_scratch(n, k).
+  void (*knn)(const Tree<T>& queries, int64_t begin, int64_t end, const Tree<T>& points, int64_t k, void* scratch,
+              T* dist2, int64_t* idx);
+  // (N,D) rows as panels of 16 points, for knn_rows.
+  void (*pack)(const T* rows, int64_t n, int64_t dims, T* panels);
+  // m rows of queries against a packed cloud, D of any size. `distances` is scratch of m * round_up(n, 16).
+  void (*knn_rows)(const T* queries, int64_t m, const T* panels, int64_t n, int64_t dims, int64_t k, T* distances,
+                   void* scratch, T* dist2, int64_t* idx);
+  // Farthest points of the tree's cloud; `dist2` is scratch of fps_scratch(n).
+  void (*fps)(const Tree<T>& tree, int64_t m, int64_t start, T* dist2, int64_t* picked);
+  // First k points within a radius, in index order, of packed points with D = 3; returns the number of hits, at most k.
+  int64_t (*ball_query)(const T* center, const T* panels, int64_t n, T radius2, int64_t k, int64_t* idx);
+};
+
+struct Kernels {
+  const char* isa;
+  PointKernels<float> f;
+  PointKernels<double> d;
+  const PointKernels<float>& of(float) const { return f; }
+  const PointKernels<double>& of(double) const { return d; }
+};
+
+// The kernels of this processor.
+const Kernels& kernels();
+
+// Bytes of scratch for one call of knn or knn_rows.
+inline int64_t knn_scratch(int64_t n, int64_t k) { return 16 * (n + k + 256); }
+// Numbers of scratch for one call of fps: a distance a point, and the largest of each box.
+template <typename T>
+int64_t fps_scratch(int64_t n) { return Tree<T>::size(n); }
+
+}  // namespace reid3d

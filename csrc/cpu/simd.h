@@ -1,0 +1,322 @@
+// Vectors of 16 numbers, in the instruction set that the file is compiled for: AVX-512, AVX2, or none, where plain loops
+// are left to the compiler. All give the same bits: no operation is fused or reordered but add_square (../rounding.h).
+//
+// min(a, b) and max(a, b) are b where either is NaN; every comparison with a NaN is false.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../rounding.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define REID3D_INLINE inline __attribute__((always_inline))
+
+namespace reid3d::REID3D_ISA {
+
+constexpr int kLanes = 16;
+
+// ---- any type, any machine
+template <typename T>
+struct Mask {
+  bool v[kLanes];
+};
+
+template <typename T>
+struct Vec {
+  T v[kLanes];
+  static REID3D_INLINE Vec load(const T* p) {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = p[i];
+    return r;
+  }
+  static REID3D_INLINE Vec all(T x) {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = x;
+    return r;
+  }
+  REID3D_INLINE void store(T* p) const {
+    for (int i = 0; i < kLanes; ++i) p[i] = v[i];
+  }
+};
+
+#define REID3D_LANES(R, name, A, B, expression)                      \
+  template <typename T>                                              \
+  REID3D_INLINE R<T> name(const A<T>& a, const B<T>& b) {            \
+    R<T> r;                                                          \
+    for (int i = 0; i < kLanes; ++i) r.v[i] = expression;            \
+    return r;                                                        \
+  }
+REID3D_LANES(Vec, operator-, Vec, Vec, a.v[i] - b.v[i])
+REID3D_LANES(Vec, operator+, Vec, Vec, a.v[i] + b.v[i])
+REID3D_LANES(Vec, operator*, Vec, Vec, a.v[i] * b.v[i])
+REID3D_LANES(Vec, min, Vec, Vec, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
+REID3D_LANES(Vec, max, Vec, Vec, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
+REID3D_LANES(Vec, add_square, Vec, Vec, reid3d::add_square(a.v[i], b.v[i]))  // a + b * b
+REID3D_LANES(Mask, operator<, Vec, Vec, a.v[i] < b.v[i])
+REID3D_LANES(Mask, operator<=, Vec, Vec, a.v[i] <= b.v[i])
+REID3D_LANES(Mask, operator==, Vec, Vec, a.v[i] == b.v[i])
+REID3D_LANES(Mask, unordered, Vec, Vec, (a.v[i] != a.v[i]) | (b.v[i] != b.v[i]))
+REID3D_LANES(Mask, operator&, Mask, Mask, a.v[i] & b.v[i])
+REID3D_LANES(Mask, operator|, Mask, Mask, a.v[i] | b.v[i])
+#undef REID3D_LANES
+
+// Bit i is lane i.
+template <typename T>
+REID3D_INLINE uint32_t bits(const Mask<T>& m) {
+  uint32_t r = 0;
+  for (int i = 0; i < kLanes; ++i) r |= static_cast<uint32_t>(m.v[i]) << i;
+  return r;
+}
+
+// where(m, a, b) is a where m and b elsewhere; m may come from a comparison of another type of the same size.
+template <typename T, typename U>
+REID3D_INLINE Vec<T> where(const Mask<U>& m, const Vec<T>& a, const Vec<T>& b) {
+  Vec<T> r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = m.v[i] ? a.v[i] : b.v[i];
+  return r;
+}
+
+// The lanes of m, one after the other; up to 16 values are written, whatever follows them is overwritten.
+template <typename T, typename U>
+REID3D_INLINE void compress(const Mask<U>& m, const Vec<T>& a, T* out) {
+  int count = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    out[count] = a.v[i];
+    count += m.v[i];
+  }
+}
+
+template <typename T>
+REID3D_INLINE T reduce_max(const Vec<T>& a) {
+  T r = a.v[0];
+  for (int i = 1; i < kLanes; ++i) r = r > a.v[i] ? r : a.v[i];
+  return r;
+}
+
+template <typename T>
+REID3D_INLINE T reduce_min(const Vec<T>& a) {
+  T r = a.v[0];
+  for (int i = 1; i < kLanes; ++i) r = r < a.v[i] ? r : a.v[i];
+  return r;
+}
+
+#if defined(__AVX512F__)
+// ---- AVX-512: a mask is a register of bits
+template <>
+struct Mask<float> {
+  __mmask16 m;
+};
+
+template <>
+struct Vec<float> {
+  __m512 v;
+  static REID3D_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static REID3D_INLINE Vec all(float x) { return {_mm512_set1_ps(x)}; }
+  REID3D_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+};
+template <>
+struct Vec<int32_t> {
+  __m512i v;
+  static REID3D_INLINE Vec load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+  static REID3D_INLINE Vec all(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  REID3D_INLINE void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
+};
+using Floats = Vec<float>;
+using Ints = Vec<int32_t>;
+using Lanes = Mask<float>;
+
+REID3D_INLINE Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+REID3D_INLINE Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+REID3D_INLINE Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+REID3D_INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+REID3D_INLINE Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+REID3D_INLINE Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+REID3D_INLINE Floats add_square(Floats a, Floats b) { return {_mm512_fmadd_ps(b.v, b.v, a.v)}; }
+REID3D_INLINE Lanes operator<(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+REID3D_INLINE Lanes operator<=(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
+REID3D_INLINE Lanes operator==(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+REID3D_INLINE Lanes unordered(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q)}; }
+REID3D_INLINE Lanes operator&(Lanes a, Lanes b) { return {static_cast<__mmask16>(a.m & b.m)}; }
+REID3D_INLINE Lanes operator|(Lanes a, Lanes b) { return {static_cast<__mmask16>(a.m | b.m)}; }
+REID3D_INLINE uint32_t bits(Lanes m) { return m.m; }
+REID3D_INLINE Floats where(Lanes m, Floats a, Floats b) { return {_mm512_mask_mov_ps(b.v, m.m, a.v)}; }
+REID3D_INLINE Ints where(Lanes m, Ints a, Ints b) { return {_mm512_mask_mov_epi32(b.v, m.m, a.v)}; }
+// Compressed in a register: storing compressed is slow on Zen 4.
+REID3D_INLINE void compress(Lanes m, Floats a, float* out) { _mm512_storeu_ps(out, _mm512_maskz_compress_ps(m.m, a.v)); }
+REID3D_INLINE void compress(Lanes m, Ints a, int32_t* out) {
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(m.m, a.v));
+}
+REID3D_INLINE float reduce_max(Floats a) { return _mm512_reduce_max_ps(a.v); }
+REID3D_INLINE float reduce_min(Floats a) { return _mm512_reduce_min_ps(a.v); }
+REID3D_INLINE int32_t reduce_min(Ints a) { return _mm512_reduce_min_epi32(a.v); }
+
+#elif defined(__AVX2__)
+// ---- AVX2: two halves, a mask is all ones in its lanes
+template <>
+struct Mask<float> {
+  __m256 lo, hi;
+};
+
+template <>
+struct Vec<float> {
+  __m256 lo, hi;
+  static REID3D_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static REID3D_INLINE Vec all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  REID3D_INLINE void store(float* p) const {
+    _mm256_storeu_ps(p, lo);
+    _mm256_storeu_ps(p + 8, hi);
+  }
+};
+template <>
+struct Vec<int32_t> {
+  __m256i lo, hi;
+  static REID3D_INLINE Vec load(const int32_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+  }
+  static REID3D_INLINE Vec all(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+  REID3D_INLINE void store(int32_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), lo);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), hi);
+  }
+};
+using Floats = Vec<float>;
+using Ints = Vec<int32_t>;
+using Lanes = Mask<float>;
+
+REID3D_INLINE Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+REID3D_INLINE Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+REID3D_INLINE Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+REID3D_INLINE Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+REID3D_INLINE Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+REID3D_INLINE Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+REID3D_INLINE Floats add_square(Floats a, Floats b) {
+  return {_mm256_fmadd_ps(b.lo, b.lo, a.lo), _mm256_fmadd_ps(b.hi, b.hi, a.hi)};
+}
+#define REID3D_COMPARE(name, how)                                                             \
+  REID3D_INLINE Lanes name(Floats a, Floats b) {                                              \
+    return {_mm256_cmp_ps(a.lo, b.lo, how), _mm256_cmp_ps(a.hi, b.hi, how)};                  \
+  }
+REID3D_COMPARE(operator<, _CMP_LT_OQ)
+REID3D_COMPARE(operator<=, _CMP_LE_OQ)
+REID3D_COMPARE(operator==, _CMP_EQ_OQ)
+REID3D_COMPARE(unordered, _CMP_UNORD_Q)
+#undef REID3D_COMPARE
+REID3D_INLINE Lanes operator&(Lanes a, Lanes b) { return {_mm256_and_ps(a.lo, b.lo), _mm256_and_ps(a.hi, b.hi)}; }
+REID3D_INLINE Lanes operator|(Lanes a, Lanes b) { return {_mm256_or_ps(a.lo, b.lo), _mm256_or_ps(a.hi, b.hi)}; }
+REID3D_INLINE uint32_t bits(Lanes m) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(m.lo) | _mm256_movemask_ps(m.hi) << 8);
+}
+REID3D_INLINE Floats where(Lanes m, Floats a, Floats b) {
+  return {_mm256_blendv_ps(b.lo, a.lo, m.lo), _mm256_blendv_ps(b.hi, a.hi, m.hi)};
+}
+REID3D_INLINE Ints where(Lanes m, Ints a, Ints b) {
+  return {_mm256_blendv_epi8(b.lo, a.lo, _mm256_castps_si256(m.lo)),
+          _mm256_blendv_epi8(b.hi, a.hi, _mm256_castps_si256(m.hi))};
+}
+// For each of 256 masks of eight lanes the lanes that are set, in order.
+struct CompressTable {
+  alignas(32) int32_t lane[256][8];
+  constexpr CompressTable() : lane{} {
+    for (int m = 0; m < 256; ++m)
+      for (int i = 0, count = 0; i < 8; ++i)
+        if (m >> i & 1) lane[m][count++] = i;
+  }
+};
+constexpr CompressTable kCompress;
+REID3D_INLINE void compress(Lanes m, Ints a, int32_t* out) {
+  const int low = _mm256_movemask_ps(m.lo), high = _mm256_movemask_ps(m.hi);
+  const auto order = [](int eight) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(kCompress.lane[eight])); };
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(a.lo, order(low)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + __builtin_popcount(static_cast<unsigned>(low))),
+                      _mm256_permutevar8x32_epi32(a.hi, order(high)));
+}
+REID3D_INLINE void compress(Lanes m, Floats a, float* out) {
+  const int low = _mm256_movemask_ps(m.lo), high = _mm256_movemask_ps(m.hi);
+  const auto order = [](int eight) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(kCompress.lane[eight])); };
+  _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(a.lo, order(low)));
+  _mm256_storeu_ps(out + __builtin_popcount(static_cast<unsigned>(low)), _mm256_permutevar8x32_ps(a.hi, order(high)));
+}
+REID3D_INLINE float reduce_max(Floats a) {
+  const __m256 m = _mm256_max_ps(a.lo, a.hi);
+  __m128 r = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+  r = _mm_max_ps(r, _mm_movehl_ps(r, r));
+  return _mm_cvtss_f32(_mm_max_ss(r, _mm_shuffle_ps(r, r, 1)));
+}
+REID3D_INLINE float reduce_min(Floats a) {
+  const __m256 m = _mm256_min_ps(a.lo, a.hi);
+  __m128 r = _mm_min_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+  r = _mm_min_ps(r, _mm_movehl_ps(r, r));
+  return _mm_cvtss_f32(_mm_min_ss(r, _mm_shuffle_ps(r, r, 1)));
+}
+REID3D_INLINE int32_t reduce_min(Ints a) {
+  const __m256i m = _mm256_min_epi32(a.lo, a.hi);
+  __m128i r = _mm_min_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+  r = _mm_min_epi32(r, _mm_shuffle_epi32(r, 0x4e));
+  return _mm_cvtsi128_si32(_mm_min_epi32(r, _mm_shuffle_epi32(r, 0xb1)));
+}
+#endif
+
+#if defined(__AVX2__)
+// Eight 64-bit keys, compared as numbers below 2^63.
+struct Keys {
+#if defined(__AVX512F__)
+  __m512i v;
+  static REID3D_INLINE Keys load(const uint64_t* p) { return {_mm512_loadu_si512(p)}; }
+  REID3D_INLINE void store(uint64_t* p) const { _mm512_storeu_si512(p, v); }
+  friend REID3D_INLINE Keys min(Keys a, Keys b) { return {_mm512_min_epi64(a.v, b.v)}; }
+  friend REID3D_INLINE Keys max(Keys a, Keys b) { return {_mm512_max_epi64(a.v, b.v)}; }
+  // Lane i takes lane i ^ J of v, J = 1, 2, 4, 7.
+  template <int J>
+  REID3D_INLINE Keys exchanged() const {
+    if constexpr (J == 1) return {_mm512_permutex_epi64(v, 0xb1)};
+    if constexpr (J == 2) return {_mm512_permutex_epi64(v, 0x4e)};
+    if constexpr (J == 3) return {_mm512_permutex_epi64(v, 0x1b)};
+    if constexpr (J == 4) return {_mm512_shuffle_i64x2(v, v, 0x4e)};
+    if constexpr (J == 7) return {_mm512_permutexvar_epi64(_mm512_set_epi64(0, 1, 2, 3, 4, 5, 6, 7), v)};
+  }
+  // Lane i of b where bit i is set, else of a.
+  template <int bits>
+  static REID3D_INLINE Keys blend(Keys a, Keys b) {
+    return {_mm512_mask_mov_epi64(a.v, bits, b.v)};
+  }
+#elif defined(__AVX2__)
+  __m256i lo, hi;
+  static REID3D_INLINE Keys load(const uint64_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 4))};
+  }
+  REID3D_INLINE void store(uint64_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), lo);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 4), hi);
+  }
+  friend REID3D_INLINE Keys min(Keys a, Keys b) {
+    return {_mm256_blendv_epi8(a.lo, b.lo, _mm256_cmpgt_epi64(a.lo, b.lo)),
+            _mm256_blendv_epi8(a.hi, b.hi, _mm256_cmpgt_epi64(a.hi, b.hi))};
+  }
+  friend REID3D_INLINE Keys max(Keys a, Keys b) {
+    return {_mm256_blendv_epi8(b.lo, a.lo, _mm256_cmpgt_epi64(a.lo, b.lo)),
+            _mm256_blendv_epi8(b.hi, a.hi, _mm256_cmpgt_epi64(a.hi, b.hi))};
+  }
+  template <int J>
+  REID3D_INLINE Keys exchanged() const {
+    constexpr int order = (J & 3) == 1 ? 0xb1 : (J & 3) == 2 ? 0x4e : (J & 3) == 3 ? 0x1b : 0xe4;
+    const __m256i a = _mm256_permute4x64_epi64(lo, order), b = _mm256_permute4x64_epi64(hi, order);
+    if constexpr (J & 4) return {b, a};
+    return {a, b};
+  }
+  template <int bits>
+  static REID3D_INLINE Keys blend(Keys a, Keys b) {
+    constexpr auto wide = [](int four) { return (four & 1) * 3 | (four & 2) * 6 | (four & 4) * 12 | (four & 8) * 24; };
+    return {_mm256_blend_epi32(a.lo, b.lo, wide(bits & 15)), _mm256_blend_epi32(a.hi, b.hi, wide(bits >> 4))};
+  }
+#endif
+};
+#endif
+
+}  // namespace reid3d::REID3D_ISA
