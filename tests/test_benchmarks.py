@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reid3d import bench, cli
+from reid3d import bench, cli, ops
 from reid3d.bench import kernels, table, timing
 from reid3d.bench.timing import Case, Contender
+from reid3d.ops import farthest_point_sample, knn, pyg
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 FILES = sorted(RESULTS.glob("*.json"))
@@ -121,6 +122,47 @@ def test_wrong_results_are_seen():
     for backward in (False, True):
         ours, *_ = kernels.group_max_case(x, idx, backward, {}).contenders
         assert ours.agrees(ours.call()) == 1 and ours.agrees(ours.call() + 0.1) == 0
+
+
+def pytorch3d():
+    """Its functions that are measured, by their documentation."""
+
+    def ball_query(p1, p2, K, radius, return_nn):
+        d = torch.cdist(p1.double(), p2.double())
+        first = torch.where(d < radius, torch.arange(p2.shape[1]), p2.shape[1]).sort(2).values[..., :K]
+        return SimpleNamespace(idx=torch.where(first == p2.shape[1], -1, first))
+
+    def knn_gather(x, idx):
+        return x[torch.arange(len(x)).view(-1, 1, 1), idx]
+
+    def sample_farthest_points(points, K):
+        idx = farthest_point_sample(points, K)
+        return knn_gather(points, idx[..., None]).squeeze(2), idx
+
+    return SimpleNamespace(
+        ball_query=ball_query,
+        knn_gather=knn_gather,
+        knn_points=lambda p1, p2, K: knn(p1, p2, K),
+        sample_farthest_points=sample_farthest_points,
+    )
+
+
+def test_libraries_are_asked_for_the_same():
+    """With libraries that are right, all agree: of torch_cluster ours has the functions."""
+    x, peers = kernels.bodies(3, 96), {"torch-cluster": pyg, "pytorch3d": pytorch3d()}
+    ball = ops.ball_query(x[:, :10], x, 0.4, 8)
+    built = [
+        kernels.knn_case(x, 4, "body", peers, 1),
+        kernels.fps_case(x, 24, "body", peers),
+        kernels.ball_case(x[:, :10], x, 0.4, 8, peers, 1),
+        kernels.group_max_case(x, ball, False, peers),
+    ]
+    for case, count in zip(built, (2, 2, 2, 1), strict=True):
+        theirs = [contender for contender in case.contenders if contender.kind == "peer"]
+        assert len(theirs) == count
+        for contender in theirs:
+            out = contender.call()
+            assert contender.agrees is None or contender.agrees(out) == 1, (case.op, contender.name)
 
 
 def test_bodies_are_people_in_metres():
