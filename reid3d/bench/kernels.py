@@ -144,6 +144,10 @@ def knn_case(x: Tensor, k: int, kind: str, peers: dict[str, Any], threads: int) 
     right = _recall(_distances(x, x), k)
     case = Case("knn", f"{kind} {B} x {N} x {D}, k = {k}")
     case.add("reid3d.ops.knn", lambda: ops.knn(x, x, k), lambda out: right(out.idx), kind="ours")
+    if D == 3:
+        order = ops.morton_order(x)
+        name = "the same, order given"
+        case.add(name, lambda: ops.knn(x, x, k, order=order), lambda out: right(out.idx), kind="ours")
 
     def baddbmm() -> Tensor:
         norm = x.square().sum(2)
@@ -185,6 +189,8 @@ def fps_case(xyz: Tensor, m: int, kind: str, peers: dict[str, Any]) -> Case:
     right = _sequence(xyz, m)
     case = Case("fps", f"{kind} {B} x {N} to {m}")
     case.add("reid3d.ops.farthest_point_sample", lambda: ops.farthest_point_sample(xyz, m), right, kind="ours")
+    order = ops.morton_order(xyz)
+    case.add("the same, order given", lambda: ops.farthest_point_sample(xyz, m, order=order), right, kind="ours")
 
     def loop() -> Tensor:
         picked = torch.zeros(B, m, dtype=torch.int64, device=xyz.device)
