@@ -68,10 +68,11 @@ Tensor farthest_point_sample(const Tensor& xyz_, const std::optional<Tensor>&, i
   const Tensor xyz = torch::stable::contiguous(xyz_);
   const DeviceGuard guard(xyz.get_device_index());
   const int64_t B = xyz.size(0), N = xyz.size(1);
-  STD_TORCH_CHECK(N <= std::numeric_limits<int32_t>::max(), "reid3d::farthest_point_sample: more than 2^31 - 1 points");
+  STD_TORCH_CHECK(N <= std::numeric_limits<int32_t>::max(),
+                  "reid3d::farthest_point_sample: more than 2^31 - 1 points in a cloud");
   Tensor picked = torch::stable::new_empty(xyz, {B, m}, ScalarType::Long);
   if (picked.numel() == 0) return picked;
-  // Measured by the instructions of a step: few warps with many points each, as long as registers last.
+  // Few warps with many points each: every warp pays for the end of a step.
   if (!launch_if_it_fits<64, 4>(xyz, m, start, picked) && !launch_if_it_fits<128, 8>(xyz, m, start, picked) &&
       !launch_if_it_fits<256, 8>(xyz, m, start, picked) && !launch_if_it_fits<256, 16>(xyz, m, start, picked) &&
       !launch_if_it_fits<512, 16>(xyz, m, start, picked)) {

@@ -91,7 +91,7 @@ struct FpsRegisters {
     Lane<uint32_t> place(0u);
     REID3D_UNROLL
     for (int j = P - 1; j >= 0; --j)
-      place = map([j](uint32_t p, float d, float m) { return d == m ? uint32_t(j) : p; }, place, dist2[j], most);
+      place = map([j](uint32_t at, float d, float m) { return d == m ? uint32_t(j) : at; }, place, dist2[j], most);
     const uint32_t first = warp * kWarp;
     return fps_name(rank, map([first](uint32_t p, int lane) { return p * Threads + first + lane; }, place, lane_id()));
   }

@@ -17,8 +17,10 @@
 
 #ifdef __CUDA_ARCH__
 #define REID3D_UNROLL _Pragma("unroll")
+#define REID3D_NO_UNROLL _Pragma("unroll 1")
 #else
 #define REID3D_UNROLL
+#define REID3D_NO_UNROLL
 #endif
 
 namespace reid3d {

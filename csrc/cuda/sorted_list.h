@@ -71,11 +71,13 @@ struct SortedList {
   }
 
   REID3D_WARP uint64_t at(int place) const {
-    Lane<uint64_t> row = key[0];
+    uint64_t found = shfl(key[0], place % kWarp);
     REID3D_UNROLL
-    for (int r = 1; r < R; ++r)
-      if (r == place / kWarp) row = key[r];
-    return shfl(row, place % kWarp);
+    for (int r = 1; r < R; ++r) {
+      const uint64_t other = shfl(key[r], place % kWarp);
+      if (r == place / kWarp) found = other;
+    }
+    return found;
   }
 };
 

@@ -28,8 +28,8 @@ inline int pick(Random& random, int n) { return static_cast<int>(random() % n); 
 
 constexpr int kClouds = 9;
 
-// N points: random, on a coarse grid, few different ones, all equal, on a line, far away, tiny, huge, and with coordinates
-// that are no numbers.
+// N points: random, on a coarse grid, few different ones, all equal, on a line, far away, tiny, huge, and with
+// coordinates that are no numbers.
 template <typename T>
 std::vector<T> cloud(int N, int kind, Random& random) {
   std::vector<T> xyz(3 * N);
