@@ -30,10 +30,10 @@ def rows(result: dict[str, Any]) -> Iterator[str]:
             yield f"  {entry['name']:<34.34}failed: {entry['failed']}"[:120]
             continue
         ms = entry["ms"]
-        times = "" if entry is result["contenders"][0] else f"x {ms['median'] / ours:.3g}"
+        times = "" if entry is result["contenders"][0] else f"x {_short(ms['median'] / ours)}"
         agrees = "" if entry["agrees"] is None else _percent(entry["agrees"])
-        spread = f"({_ms(ms['q1'])} - {_ms(ms['q3'])})"
-        line = f"  {entry['name']:<34.34}{_ms(ms['median']):>9} ms  {spread:<21}{times:>9}  {agrees:>10}"
+        spread = f"({_short(ms['q1'])} - {_short(ms['q3'])})"
+        line = f"  {entry['name']:<34.34}{_short(ms['median']):>9} ms  {spread:<21}{times:>9}  {agrees:>10}"
         yield f"{line}  {entry.get('note', '')}".rstrip()
 
 
@@ -43,15 +43,15 @@ def summary(results: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{'median ms (times ours; LOST: faster than ours)':<52}{'reid3d':>9}{'plain torch':>22}{'best library':>22}"
     for result in results:
         ours = result["contenders"][0]["ms"]["median"]
-        line = f"{result['op'] + ', ' + result['shape']:<52}{_ms(ours):>9}"
+        line = f"{result['op'] + ', ' + result['shape']:<52}{_short(ours):>9}"
         for kind in ("torch", "peer"):
             entry = best(result, kind)
             if entry is None:
                 line += f"{'-':>22}"
                 continue
             ratio = entry["ms"]["median"] / ours
-            times = f"(x {ratio:.3g})" if ratio >= 1 else f"LOST x {ratio:.2f}"
-            line += f"{_ms(entry['ms']['median']):>10} {times:>11}"
+            times = f"(x {_short(ratio)})" if ratio >= 1 else f"LOST x {ratio:.2f}"
+            line += f"{_short(entry['ms']['median']):>10} {times:>11}"
             line += f" {re.split('[ .]', entry['name'])[0]}" if kind == "peer" else ""
         yield line
 
@@ -62,8 +62,8 @@ def best(result: dict[str, Any], kind: str) -> dict[str, Any] | None:
     return min(entries, key=lambda entry: entry["ms"]["median"], default=None)
 
 
-def _ms(ms: float) -> str:
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _percent(share: float) -> str:
