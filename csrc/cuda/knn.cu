@@ -1,157 +1,138 @@
-// k nearest neighbours by brute force, a warp per query: the lanes take 32 points at a time, and whichever is nearer than
-// the k-th so far goes into a sorted list that the warp holds together. Contract: reid3d/ops/knn.py.
+// k nearest neighbours. In up to 3 dimensions, float32, a warp walks through queries along the Z-curve (knn.h); all else
+// is compared pair by pair (pairwise.cu). Contract: reid3d/ops/knn.py.
+#include "knn.h"
+
+#include <algorithm>
+#include <optional>
 #include <tuple>
 
 #include "launch.cuh"
+#include "morton.cuh"
+#include "pairwise.cuh"
 
 namespace reid3d {
 namespace {
 
 constexpr int kWarpsPerBlock = 4;
+constexpr int64_t kMostPoints = int64_t(1) << 30;  // places of points are int32
 
-template <typename T>
-__device__ T squared_distance(const T* q, const T* p, int64_t dims) {
-  T sum = 0;
-  for (int64_t d = 0; d < dims; ++d) sum = add_square(sum, q[d] - p[d]);
-  return sum < infinity<T>() ? sum : infinity<T>();  // NaN counts as +inf
-}
+// The ordered clouds of a batch, one behind the other.
+struct OrderedClouds {
+  OrderedCloud first;
 
-// The list of the k smallest, in registers: place r * 32 + lane of the list is entry r of a lane. An entry makes room for
-// a new one where it is larger; equal ones stay before it, for they have the lower index.
-template <typename T, int R>
-struct RegisterList {
-  T dist2[R];
-  int32_t idx[R];
-
-  __device__ explicit RegisterList(int64_t, T*, int64_t*) {
-#pragma unroll
-    for (int r = 0; r < R; ++r) dist2[r] = infinity<T>(), idx[r] = -1;
-  }
-
-  __device__ void insert(T d, int64_t i, int lane) {
-#pragma unroll
-    for (int r = R - 1; r >= 0; --r) {
-      T before = __shfl_up_sync(kAllLanes, dist2[r], 1);
-      int32_t before_idx = __shfl_up_sync(kAllLanes, idx[r], 1);
-      if (r > 0) {
-        const T carry = __shfl_sync(kAllLanes, dist2[r > 0 ? r - 1 : 0], kWarp - 1);
-        const int32_t carry_idx = __shfl_sync(kAllLanes, idx[r > 0 ? r - 1 : 0], kWarp - 1);
-        if (lane == 0) before = carry, before_idx = carry_idx;
-      }
-      // an empty place (idx -1) is larger than anything, infinity included
-      const bool moves = idx[r] < 0 || dist2[r] > d;
-      const bool before_moves = (r > 0 || lane > 0) && (before_idx < 0 || before > d);
-      if (moves) {
-        dist2[r] = before_moves ? before : d;
-        idx[r] = before_moves ? before_idx : static_cast<int32_t>(i);
-      }
-    }
-  }
-
-  // The k-th entry: what a candidate has to beat.
-  __device__ T last(int64_t k) const {
-    T value = dist2[0];
-#pragma unroll
-    for (int r = 1; r < R; ++r)
-      if (r == (k - 1) / kWarp) value = dist2[r];
-    return __shfl_sync(kAllLanes, value, static_cast<int>((k - 1) % kWarp));
-  }
-
-  __device__ void store(int64_t k, T* dist2_out, int64_t* idx_out, int lane) const {
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const int64_t place = r * kWarp + lane;
-      if (place < k) dist2_out[place] = dist2[r], idx_out[place] = idx[r];
-    }
+  REID3D_HOST_DEVICE OrderedCloud operator[](int64_t b) const {
+    return {first.points + b * first.leaves * kWarp, first.leaf_boxes + b * first.leaves,
+            first.branch_boxes + b * first.branches, first.N, first.leaves, first.branches};
   }
 };
 
-// The same list for any k, in the output itself.
-template <typename T>
-struct MemoryList {
-  int64_t k;
-  T* dist2;
-  int64_t* idx;
-
-  __device__ MemoryList(int64_t k_, T* dist2_, int64_t* idx_) : k(k_), dist2(dist2_), idx(idx_) {
-    for (int64_t place = threadIdx.x % kWarp; place < k; place += kWarp) dist2[place] = infinity<T>(), idx[place] = -1;
-    __syncwarp();
+// A block per branch, a warp per leaf.
+__global__ void __launch_bounds__(kWarp* kWarp)
+    order_kernel(const float* xyz_all, int dims, const int32_t* order_all, OrderedClouds clouds) {
+  __shared__ Box boxes[kWarp];
+  const int64_t b = blockIdx.x / clouds.first.branches;
+  const int32_t branch = blockIdx.x % clouds.first.branches, warp = threadIdx.x / kWarp, leaf = branch * kWarp + warp;
+  const OrderedCloud cloud = clouds[b];
+  const int32_t* order = order_all + b * cloud.N;
+  if (leaf < cloud.leaves) {
+    const int32_t place = branch * kWarp * kWarp + threadIdx.x;
+    if (place < cloud.N) check_index("knn", "order", order[place], cloud.N);
+    const Box box = fill_leaf(xyz_all + b * cloud.N * dims, dims, order, leaf, cloud);
+    if (threadIdx.x % kWarp == 0) boxes[warp] = cloud.leaf_boxes[leaf] = box;
   }
-
-  __device__ void insert(T d, int64_t i, int lane) {
-    for (int64_t base = (k - 1) / kWarp * kWarp; base >= 0; base -= kWarp) {
-      const int64_t place = base + lane;
-      const bool mine = place < k && (idx[place] < 0 || dist2[place] > d);
-      const bool before = mine && place > 0 && (idx[place - 1] < 0 || dist2[place - 1] > d);
-      const T new_dist2 = before ? dist2[place - 1] : d;
-      const int64_t new_idx = before ? idx[place - 1] : i;
-      __syncwarp();
-      if (mine) dist2[place] = new_dist2, idx[place] = new_idx;
-      __syncwarp();
-      if (!__any_sync(kAllLanes, mine)) break;
-    }
-  }
-
-  __device__ T last(int64_t) const { return dist2[k - 1]; }
-  __device__ void store(int64_t, T*, int64_t*, int) const {}
-};
-
-template <typename T, typename List>
-__global__ void knn_kernel(const T* query, const T* points, int64_t rows, int64_t M, int64_t N, int64_t dims, int64_t k,
-                           T* dist2, int64_t* idx) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
-  if (row >= rows) return;
-  const int lane = threadIdx.x % kWarp;
-  const T* q = query + row * dims;
-  const T* cloud = points + row / M * N * dims;
-  List list(k, dist2 + row * k, idx + row * k);
-  int64_t seen = 0;  // points offered to the list
-  T limit = infinity<T>();
-  for (int64_t base = 0; base < N; base += kWarp) {
-    const int64_t i = base + lane;
-    const T d = i < N ? squared_distance(q, cloud + i * dims, dims) : infinity<T>();
-    // in index order, so that the first of equal distances is the one that stays
-    unsigned candidates = __ballot_sync(kAllLanes, i < N && (base < k || d < limit));
-    while (candidates) {
-      const int source = __ffs(static_cast<int>(candidates)) - 1;
-      candidates &= candidates - 1;
-      const T candidate = __shfl_sync(kAllLanes, d, source);
-      if (seen < k || candidate < limit) {
-        list.insert(candidate, base + source, lane);
-        ++seen;
-        limit = seen < k ? infinity<T>() : list.last(k);
-      }
-    }
-  }
-  list.store(k, dist2 + row * k, idx + row * k, lane);
+  __syncthreads();
+  if (warp != 0) return;
+  const Box box = box_around(boxes, cloud.leaves - branch * kWarp);
+  if (threadIdx.x == 0) cloud.branch_boxes[branch] = box;
 }
 
-template <typename T, typename List>
-void launch(const Tensor& query, const Tensor& points, int64_t k, const Tensor& dist2, const Tensor& idx) {
-  const int64_t M = query.size(1), rows = query.size(0) * M;
-  knn_kernel<T, List><<<blocks_for(rows, kWarpsPerBlock), kWarpsPerBlock * kWarp, 0, current_stream(query)>>>(
-      query.const_data_ptr<T>(), points.const_data_ptr<T>(), rows, M, points.size(1), points.size(2), k,
-      dist2.mutable_data_ptr<T>(), idx.mutable_data_ptr<int64_t>());
+// `walks` warps for a cloud, each for `steps` queries along the curve.
+template <int R>
+__global__ void __launch_bounds__(kWarpsPerBlock* kWarp, 6)
+    knn_kernel(OrderedClouds points, OrderedClouds queries, int64_t B, int32_t walks, int32_t steps, int k,
+               float* dist2, int64_t* idx) {
+  __shared__ uint64_t waiting[kWarpsPerBlock][2 * kWarp];
+  const int64_t walk = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp, b = walk / walks;
+  if (b >= B) return;
+  const OrderedCloud asked = queries[b];
+  const int64_t first = walk % walks * steps, end = first + steps < asked.N ? first + steps : asked.N;
+  KnnWarp<R> warp(points[b], k, waiting[threadIdx.x / kWarp]);
+  for (int64_t i = first; i < end; ++i) {
+    const OrderedPoint q = asked.points[i];
+    warp.query(q.x, q.y, q.z);
+    const int64_t row = (b * asked.N + q.index) * k;
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+      each(
+          [=](int lane, uint64_t key) {
+            const int place = r * kWarp + lane;
+            if (place < k) dist2[row + place] = key_distance(key), idx[row + place] = key_index(key);
+          },
+          lane_id(), warp.nearest.list.key[r]);
+  }
+}
+
+// Clouds in the given order, and the memory they lie in.
+struct OrderedBatch {
+  Tensor memory;
+  OrderedClouds clouds;
+
+  OrderedBatch(const Tensor& xyz, const Tensor& order) {
+    const int64_t B = xyz.size(0), leaves = count_leaves(xyz.size(1)), branches = count_branches(xyz.size(1));
+    const int64_t point_bytes = B * leaves * kWarp * sizeof(OrderedPoint), box_bytes = B * sizeof(Box);
+    memory = torch::stable::new_empty(xyz, {point_bytes + box_bytes * (leaves + branches)}, ScalarType::Byte);
+    auto* const points = static_cast<OrderedPoint*>(memory.data_ptr());
+    auto* const boxes = reinterpret_cast<Box*>(points + B * leaves * kWarp);
+    clouds.first = {points, boxes, boxes + B * leaves, static_cast<int32_t>(xyz.size(1)),
+                    static_cast<int32_t>(leaves), static_cast<int32_t>(branches)};
+    order_kernel<<<blocks_for(B * branches, 1), kWarp * kWarp, 0, current_stream(xyz)>>>(
+        xyz.const_data_ptr<float>(), static_cast<int>(xyz.size(2)), order.const_data_ptr<int32_t>(), clouds);
+    check_launch("knn");
+  }
+};
+
+template <int R>
+void launch(const OrderedClouds& points, const OrderedClouds& queries, int64_t k, Tensor& dist2, Tensor& idx) {
+  const int64_t B = dist2.size(0), M = dist2.size(1);
+  // Long walks pay once for their first query; short ones fill the device and end together.
+  const int64_t steps = std::clamp<int64_t>(B * M / (1 << 14), 4, 32), walks = (M + steps - 1) / steps;
+  knn_kernel<R><<<blocks_for(B * walks, kWarpsPerBlock), kWarpsPerBlock * kWarp, 0, current_stream(dist2)>>>(
+      points, queries, B, static_cast<int32_t>(walks), static_cast<int32_t>(steps), static_cast<int>(k),
+      dist2.mutable_data_ptr<float>(), idx.mutable_data_ptr<int64_t>());
   check_launch("knn");
 }
 
-std::tuple<Tensor, Tensor> knn(const Tensor& query_, const Tensor& points_, int64_t k) {
-  const Tensor query = torch::stable::contiguous(query_), points = torch::stable::contiguous(points_);
-  const DeviceGuard guard(query.get_device_index());
-  STD_TORCH_CHECK(points.size(1) <= std::numeric_limits<int32_t>::max(), "reid3d::knn: more than 2^31 - 1 points in a cloud");
-  Tensor dist2 = torch::stable::new_empty(query, {query.size(0), query.size(1), k});
-  Tensor idx = torch::stable::new_empty(query, {query.size(0), query.size(1), k}, ScalarType::Long);
+bool one_memory(const Tensor& a, const Tensor& b) {
+  if (a.data_ptr() != b.data_ptr()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != b.size(d) || a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+std::tuple<Tensor, Tensor> knn(const Tensor& query_, const Tensor& points_, const std::optional<Tensor>& order,
+                               int64_t k) {
+  const bool self = one_memory(query_, points_);
+  const Tensor points = torch::stable::contiguous(points_), query = self ? points : torch::stable::contiguous(query_);
+  if (points.scalar_type() != ScalarType::Float || points.size(2) > 3 || k > 4 * kWarp)
+    return knn_pairwise(query, points, k);
+  const DeviceGuard guard(points.get_device_index());
+  const int64_t B = query.size(0), M = query.size(1);
+  STD_TORCH_CHECK(std::max(M, points.size(1)) <= kMostPoints, "reid3d::knn: more than 2^30 points in a cloud");
+  Tensor dist2 = torch::stable::new_empty(query, {B, M, k});
+  Tensor idx = torch::stable::new_empty(query, {B, M, k}, ScalarType::Long);
   if (idx.numel() == 0) return {dist2, idx};
-  dispatch_float_double(query, [&](auto zero) {
-    using T = decltype(zero);
-    if (k <= kWarp) {
-      launch<T, RegisterList<T, 1>>(query, points, k, dist2, idx);
-    } else if (k <= 4 * kWarp) {
-      launch<T, RegisterList<T, 4>>(query, points, k, dist2, idx);
-    } else {
-      launch<T, MemoryList<T>>(query, points, k, dist2, idx);
-    }
-  });
+  STD_TORCH_CHECK(!order || order->numel() == B * points.size(1), "reid3d::knn: order must have an entry for every point");
+  const OrderedBatch ordered(points, order ? torch::stable::contiguous(*order) : morton_order(points));
+  std::optional<OrderedBatch> asked;
+  if (!self) asked.emplace(query, morton_order(query));
+  const OrderedClouds &to = ordered.clouds, &from = self ? to : asked->clouds;
+  if (k <= kWarp) {
+    launch<1>(to, from, k, dist2, idx);
+  } else if (k <= 2 * kWarp) {
+    launch<2>(to, from, k, dist2, idx);
+  } else {
+    launch<4>(to, from, k, dist2, idx);
+  }
   return {dist2, idx};
 }
 
