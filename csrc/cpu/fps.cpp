@@ -1,4 +1,7 @@
-// Farthest point sampling: the binding of fps.h. Threads take whole clouds, for a sample follows from the one before it.
+// Farthest point sampling: the binding of fps.h. Threads take whole clouds, for every pick follows
+// from the one before it.
+#include <algorithm>
+
 #include "cloud.h"
 
 namespace reid3d {
@@ -13,10 +16,13 @@ Tensor farthest_point_sample(const Tensor& xyz_, std::optional<Tensor> order, in
   dispatch_float_double(xyz, [&](auto zero) {
     using T = decltype(zero);
     const Forest<T> forest(xyz, order);
-    torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
-      const Scratch<T> dist2(fps_scratch<T>(n));
-      for (int64_t b = begin; b < end; ++b)
-        kernels().of(T()).fps(forest.trees[static_cast<size_t>(b)], m, start, dist2.get(), out + b * m);
+    // Two clouds at a time, unless that leaves threads without work.
+    const int64_t together = B >= 2 * static_cast<int64_t>(torch::stable::get_num_threads()) ? 2 : 1;
+    torch::stable::parallel_for(0, (B + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<T> scratch(together * Tree<T>::size(n));
+      for (int64_t b = together * begin; b < std::min(together * end, B); b += together)
+        kernels().of(T()).fps(&forest.trees[static_cast<size_t>(b)], std::min(together, B - b), m, start, scratch.get(),
+                              out + b * m);
     });
   });
   return picked;

@@ -23,8 +23,8 @@ struct PointKernels {
   // m rows of queries against a packed cloud, D of any size. `distances` is scratch of m * round_up(n, 16).
   void (*knn_rows)(const T* queries, int64_t m, const T* panels, int64_t n, int64_t dims, int64_t k, T* distances,
                    void* scratch, T* dist2, int64_t* idx);
-  // Farthest points of the tree's cloud; `dist2` is scratch of fps_scratch(n).
-  void (*fps)(const Tree<T>& tree, int64_t m, int64_t start, T* dist2, int64_t* picked);
+  // Farthest points of `count` clouds of one size, 1 or 2; `scratch` is count * Tree<T>::size(n).
+  void (*fps)(const Tree<T>* trees, int64_t count, int64_t m, int64_t start, T* scratch, int64_t* picked);
   // First k points within a radius, in index order, of packed points with D = 3; returns the number of hits, at most k.
   int64_t (*ball_query)(const T* center, const T* panels, int64_t n, T radius2, int64_t k, int64_t* idx);
 };
@@ -42,8 +42,5 @@ const Kernels& kernels();
 
 // Bytes of scratch for one call of knn or knn_rows.
 inline int64_t knn_scratch(int64_t n, int64_t k) { return 16 * (n + k + 256); }
-// Numbers of scratch for one call of fps: a distance a point, and the largest of each box.
-template <typename T>
-int64_t fps_scratch(int64_t n) { return Tree<T>::size(n); }
 
 }  // namespace reid3d

@@ -75,7 +75,7 @@ void knn_with(const Tree<T>& queries, int64_t begin, int64_t end, const Tree<T>&
       limit = near < limit ? near : limit;
     }
     list.start(limit);
-    if (points.levels > 0) visit(points, points.levels - 1, 0, q, list);
+    visit(points, points.levels - 1, 0, q, list);
     kth = list.finish();
     x = qx, y = qy, z = qz;
     const int64_t row = queries.index[i];

@@ -91,6 +91,13 @@ REID3D_INLINE void compress(const Mask<U>& m, const Vec<T>& a, T* out) {
   }
 }
 
+// Vec with one lane changed. Written so, and not through memory, the whole can be loaded again without waiting.
+template <typename T>
+REID3D_INLINE Vec<T> with_lane(Vec<T> a, int lane, T x) {
+  a.v[lane] = x;
+  return a;
+}
+
 template <typename T>
 REID3D_INLINE T reduce_max(const Vec<T>& a) {
   T r = a.v[0];
@@ -150,6 +157,9 @@ REID3D_INLINE Ints where(Lanes m, Ints a, Ints b) { return {_mm512_mask_mov_epi3
 REID3D_INLINE void compress(Lanes m, Floats a, float* out) { _mm512_storeu_ps(out, _mm512_maskz_compress_ps(m.m, a.v)); }
 REID3D_INLINE void compress(Lanes m, Ints a, int32_t* out) {
   _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(m.m, a.v));
+}
+REID3D_INLINE Floats with_lane(Floats a, int lane, float x) {
+  return {_mm512_mask_mov_ps(a.v, static_cast<__mmask16>(1u << lane), _mm512_set1_ps(x))};
 }
 REID3D_INLINE float reduce_max(Floats a) { return _mm512_reduce_max_ps(a.v); }
 REID3D_INLINE float reduce_min(Floats a) { return _mm512_reduce_min_ps(a.v); }
@@ -241,6 +251,12 @@ REID3D_INLINE void compress(Lanes m, Floats a, float* out) {
   const auto order = [](int eight) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(kCompress.lane[eight])); };
   _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(a.lo, order(low)));
   _mm256_storeu_ps(out + __builtin_popcount(static_cast<unsigned>(low)), _mm256_permutevar8x32_ps(a.hi, order(high)));
+}
+REID3D_INLINE Floats with_lane(Floats a, int lane, float x) {
+  const __m256i at = _mm256_set1_epi32(lane), eight = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256 value = _mm256_set1_ps(x);
+  return {_mm256_blendv_ps(a.lo, value, _mm256_castsi256_ps(_mm256_cmpeq_epi32(at, eight))),
+          _mm256_blendv_ps(a.hi, value, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_sub_epi32(at, _mm256_set1_epi32(8)), eight)))};
 }
 REID3D_INLINE float reduce_max(Floats a) {
   const __m256 m = _mm256_max_ps(a.lo, a.hi);
