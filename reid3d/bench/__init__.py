@@ -73,10 +73,9 @@ def load_peers() -> tuple[dict[str, Any], dict[str, str]]:
     for name, module in PEERS.items():
         try:
             peers[name] = importlib.import_module(module)
-        except ModuleNotFoundError:
-            absent[name] = "not installed"
         except Exception as error:  # built for another torch, say: no reason not to measure the rest
-            absent[name] = f"cannot be imported: {one_line(error)}"
+            itself = isinstance(error, ModuleNotFoundError) and error.name in (module, module.split(".")[0])
+            absent[name] = "not installed" if itself else f"cannot be imported: {one_line(error)}"
     if "pykeops" in peers:
         importlib.import_module("pykeops").set_verbose(False)
     return peers, absent
