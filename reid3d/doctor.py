@@ -19,11 +19,13 @@ def report() -> dict[str, Any]:
     from . import __version__
 
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    backend, broken, checks = "none", None, {}
+    backend, isa, broken, checks = "none", None, None, {}
     try:
         from . import ops
 
         backend, checks = ops.backend(), {device: check_ops(device) for device in devices}
+        if "cpp" in backend:
+            isa = {512: "avx512", 256: "avx2", 0: "portable"}[torch.ops.reid3d.vector_bits()]
     except ImportError as error:
         broken = str(error)
     package = Path(__file__).parent
@@ -35,6 +37,7 @@ def report() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": importlib.metadata.version("numpy"),
         "backend": backend,
+        "isa": isa,
         "extensions": extensions,
         "extension_error": broken,
         "extension_off": os.environ.get("REID3D_NO_EXTENSION") == "1",
@@ -60,6 +63,9 @@ def check_ops(device: str) -> dict[str, str]:
         "farthest_point_sample": (lambda: ops.farthest_point_sample(line, 3), [[0, 2, 1]]),
         "ball_query": (lambda: ops.ball_query(line, line, 1.5, 2), [[[0, 1], [0, 1], [2, 2]]]),
         "group_max": (lambda: ops.group_max(line, pairs), [[[1, 0, 0], [1, 0, 0], [3, 0, 0]]]),
+        "edge_pool": (lambda: ops.edge_pool(line, pairs).sumsq, [[[1, 0, 0], [1, 0, 0], [10, 0, 0]]]),
+        "morton_order": (lambda: ops.morton_order(line), [[0, 1, 2]]),
+        "transpose_graph": (lambda: ops.transpose_graph(pairs, 3).edges, [[0, 3, 1, 2, 5, 4]]),
     }
     results = {}
     for name, (run, expected) in runs.items():
@@ -75,8 +81,8 @@ def format_report(report: dict[str, Any]) -> str:
     """The report as lines of text."""
     kernels = {
         "torch": "plain torch: slow",
-        "cpp": "compiled for the CPU",
-        "cpp+cuda": "compiled for the CPU and CUDA",
+        "cpp": f"compiled for the CPU ({report['isa']})",
+        "cpp+cuda": f"compiled for the CPU ({report['isa']}) and CUDA",
         "cuda": "compiled for CUDA",
         "none": report["extension_error"],
     }[report["backend"]]

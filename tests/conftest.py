@@ -1,5 +1,7 @@
 """Fixtures of the whole suite: where it runs (`pytest --device cuda`), in which precision, and from which seed."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,12 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device of the tests that use tensors: cpu, cuda, cuda:1")
+
+
+def pytest_configure() -> None:
+    # A shell's background job ignores interrupts, and hands that on to the processes that tests interrupt.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def ball_query(centers: Tensor, points: Tensor, radius: float, k: int) -> Tensor
 
 
 def ball_query_reference(centers: Tensor, points: Tensor, radius: float, k: int) -> tuple[Tensor, Tensor]:
-    """`ball_query` in plain torch, for float32 and float64, and with it the hits in every ball, at most k, (B,M) int32."""
+    """`ball_query` in plain torch, for float32 and float64, and the hits in every ball, at most k, (B,M) int32."""
     N = points.shape[1]
     radius2 = torch.tensor(radius, dtype=points.dtype, device=points.device).square()
     order = torch.arange(N, device=points.device)

@@ -5,16 +5,18 @@ from torch import Tensor
 
 from .arguments import check_int, check_not_empty, check_points
 from .knn import squared_distances
-from .morton import check_order
+from .morton import check_order, check_permutation
 
 
 def farthest_point_sample(xyz: Tensor, m: int, start: int = 0, *, order: Tensor | None = None) -> Tensor:
     """Picks m points of every cloud, each the farthest from those already picked.
 
-    No index is repeated, whatever duplicates the cloud holds; equal distances go to the lowest index; the first m of a
-    longer sample are the sample of m, and so a cloud that was sampled needs no sampling again: of its m points in this
-    order the first m' are what sampling them from their first point would give. Points with a NaN coordinate are picked after all others. There is no distance at
-    which it stops working: clouds in millimetres and points near the origin are points like any other.
+    No index is repeated, whatever duplicates the cloud holds; equal distances go to the lowest index. Points with a NaN
+    coordinate are picked after all others. There is no distance at which it stops working: clouds in millimetres and
+    points near the origin are points like any other.
+
+    The first m of a longer sample are the sample of m, and a sampled cloud needs no sampling again: of its m points, in
+    the order of picking, the first m' are what sampling them from their first point would give.
 
     Args:
         xyz: (B,N,3) floating point, N >= 1. float16 and bfloat16 are read as float32.
@@ -65,6 +67,7 @@ torch.library.define(
 
 @torch.library.impl("reid3d::farthest_point_sample", "CompositeExplicitAutograd")
 def _plain(xyz: Tensor, order: Tensor | None, m: int, start: int) -> Tensor:
+    check_permutation(order)
     return farthest_point_sample_reference(xyz, m, start)
 
 

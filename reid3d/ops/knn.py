@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_int, check_not_empty, check_points, check_same_cloud_batch
-from .morton import check_order
+from .morton import check_order, check_permutation
 
 
 class KNN(NamedTuple):
@@ -29,7 +29,7 @@ def knn(query: Tensor, points: Tensor, k: int, *, order: Tensor | None = None) -
         query: (B,M,D) floating point. float16 and bfloat16 are read as float32.
         points: (B,N,D), same dtype and device, N >= 1.
         k: number of neighbours, 1 <= k <= N.
-        order: what `morton_order` gave for points, to save its computation. It changes no result; with D > 3 it is unused.
+        order: what `morton_order` gave for points, to save its computation. It changes no result.
 
     Returns:
         KNN(dist2, idx), both (B,M,k), ascending; dist2 is float32 or float64 and differentiable with respect to query
@@ -99,6 +99,7 @@ torch.library.define(
 
 @torch.library.impl("reid3d::knn", "CompositeExplicitAutograd")
 def _plain(query: Tensor, points: Tensor, order: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    check_permutation(order)
     return knn_reference(query, points, k)
 
 

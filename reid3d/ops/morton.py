@@ -39,6 +39,18 @@ def check_order(order: Tensor | None, points: Tensor) -> None:
         raise ValueError(f"order must have shape {tuple(points.shape[:2])}, got {tuple(order.shape)}")
 
 
+def check_permutation(order: Tensor | None) -> None:
+    """What the compiled kernels demand of an order, for the plain ones, which do not use it."""
+    if order is None or order.numel() == 0:
+        return
+    n = order.shape[1]
+    if (wrong := order[(order < 0) | (order >= n)]).numel() > 0:
+        raise RuntimeError(f"order must hold indices between 0 and {n - 1}, got {wrong[0].item()}")
+    inorder = order.sort(1).values
+    if (twice := inorder[:, 1:][inorder[:, 1:] == inorder[:, :-1]]).numel() > 0:
+        raise RuntimeError(f"order must hold every index once, got {twice[0].item()} twice")
+
+
 def morton_order_reference(xyz: Tensor) -> Tensor:
     """`morton_order` in plain torch, for float32 and float64."""
     if xyz.shape[1] == 0:
@@ -46,7 +58,7 @@ def morton_order_reference(xyz: Tensor) -> Tensor:
     lo = xyz.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).amin(1, keepdim=True)
     hi = xyz.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(1, keepdim=True)
     longest = (hi - lo).nan_to_num(nan=0.0, posinf=torch.inf).amax(2, keepdim=True).clamp_min(0)
-    scale = torch.where(longest > 0, 1023 / longest, 0.0)
+    scale = torch.where(longest > 0, torch.full_like(longest, 1023) / longest, 0.0)  # 1023 / x would round twice
     cell = ((xyz - lo) * scale).nan_to_num(nan=0.0, posinf=1023.0, neginf=0.0).clamp(0, 1023).long()
     key = torch.zeros_like(cell[..., 0])
     for bit in range(10):

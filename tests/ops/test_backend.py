@@ -31,22 +31,40 @@ def test_backend_names_what_was_built():
     assert backend() == ("+".join(kind for kind, there in built.items() if there) or "torch")
 
 
-def test_the_same_tests_pass_without_the_extension():
+CAPABILITY = torch.backends.cpu.get_cpu_capability()  # what the processor has, in torch's words
+
+
+@pytest.mark.parametrize(
+    ("environment", "isa"),
+    [
+        ({"REID3D_NO_EXTENSION": "1"}, None),
+        ({"REID3D_ISA": "portable"}, "portable"),
+        ({"REID3D_ISA": "avx2"}, "avx2" if CAPABILITY in ("AVX2", "AVX512") else "portable"),
+    ],
+    ids=["torch", "portable", "avx2"],
+)
+def test_the_same_tests_pass_with_every_set_of_kernels(environment, isa):
+    """Those of this processor's best set run in this process."""
     here = Path(__file__)
+    tests = [path for path in here.parent.glob("test_*.py") if path.name not in (here.name, "test_warp.py")]
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", here.parent, "--ignore", here, "-q", "-p", "no:cacheprovider"],
-        env={**os.environ, "REID3D_NO_EXTENSION": "1"},
+        [sys.executable, "-m", "pytest", *sorted(tests), "-q", "-p", "no:cacheprovider"],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert process.returncode == 0, process.stdout[-4000:]
-    assert run("from reid3d.ops import backend; print(backend())", REID3D_NO_EXTENSION="1") == "torch"
+    if isa is None:
+        assert run("from reid3d.ops import backend; print(backend())", **environment) == "torch"
+    elif (PACKAGE / "_C.so").is_file():
+        assert run("from reid3d import doctor; print(doctor.report()['isa'])", **environment) == isa
 
 
 def test_cuda_library_loads_beside_any_torch_and_registers_its_kernels():
     path = PACKAGE / "_C_cuda.so"
-    ops = ["knn", "farthest_point_sample", "ball_query", "group_max", "group_max_backward"]
+    ops = ["knn", "farthest_point_sample", "ball_query", "morton_order", "transpose_graph"]
+    ops += ["group_max", "group_max_backward", "edge_pool", "edge_pool_backward"]
     found = run(
         "import sys, torch, reid3d.ops\n"
         f"if {path.is_file()}: torch.ops.load_library({str(path)!r})\n"
@@ -62,7 +80,7 @@ def test_report_is_json_and_every_op_works():
     assert info["torch"] == torch.__version__ and info["reid3d"] == reid3d.__version__
     assert info["extension_error"] is None
     assert set(info["ops"]) == {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
-    names = ["knn", "farthest_point_sample", "ball_query", "group_max"]
+    names = ["knn", "farthest_point_sample", "ball_query", "group_max", "edge_pool", "morton_order", "transpose_graph"]
     assert all(results == dict.fromkeys(names, "ok") for results in info["ops"].values())
     assert "on cpu    ball_query: ok" in doctor.format_report(info).splitlines()
 
