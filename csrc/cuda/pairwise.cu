@@ -1,156 +1,137 @@
-// k nearest neighbours by brute force, a warp per query: the lanes take 32 points at a time, and whichever is nearer than
-// the k-th so far goes into a sorted list that the warp holds together. Contract: reid3d/ops/knn.py.
+// k nearest neighbours by all distances. Contract: reid3d/ops/knn.py. Distances are direct differences: |q|^2 - 2qp + |p|^2
+// by a matrix product would lose the neighbours of a cloud far from the origin, and is hardly faster where both clouds
+// are the same, for then half of the distances are enough. They go to a matrix in memory, of which a warp takes a row.
 #include "pairwise.cuh"
 
-#include "launch.cuh"
+#include <cuda_pipeline.h>
+
+#include <algorithm>
+
+#include "pairwise.h"
+#include "select.h"
 
 namespace reid3d {
 namespace {
 
-constexpr int kWarpsPerBlock = 4;
+constexpr int64_t kScratch = int64_t{1} << 28;  // bytes of the matrix; more distances take several passes
+constexpr int kSelectWarps = 8;
 
-template <typename T>
-__device__ T squared_distance(const T* q, const T* p, int64_t dims) {
-  T sum = 0;
-  for (int64_t d = 0; d < dims; ++d) sum = add_square(sum, q[d] - p[d]);
-  return sum < infinity<T>() ? sum : infinity<T>();  // NaN counts as +inf
+// matrix (clouds,rows,stride). A block per tile; of a cloud with itself only the tiles that `symmetric` leaves.
+template <typename T, int P>
+__global__ void __launch_bounds__(PairTile<T, P>::kThreads, 2)
+    distances_kernel(const T* query, const T* points, int64_t rows, int64_t columns, int64_t D, int64_t stride,
+                     int64_t tiles, bool symmetric, T* matrix) {
+  using Tile = PairTile<T, P>;
+  __shared__ alignas(32) typename Tile::Points a[2], b[2];
+  const int64_t cloud = blockIdx.x / tiles, across = (columns + Tile::kSide - 1) / Tile::kSide;
+  int64_t tile_row = blockIdx.x % tiles / across, tile_column = blockIdx.x % tiles % across;
+  if (symmetric) upper_tile(blockIdx.x % tiles, across, tile_row, tile_column);
+  const int64_t low = tile_row * Tile::kSide, left = tile_column * Tile::kSide;
+  query += cloud * rows * D;
+  points += cloud * columns * D;
+  matrix += cloud * rows * stride;
+
+  const auto fetch = [&](int64_t first, int stage) {
+    const auto copy = [](T* to, const T* from, bool there) {
+      __pipeline_memcpy_async(to, from, sizeof(T), there ? 0 : sizeof(T));
+    };
+    Tile::fetch(threadIdx.x, a[stage], query, low, rows, D, first, copy);
+    Tile::fetch(threadIdx.x, b[stage], points, left, columns, D, first, copy);
+    __pipeline_commit();
+  };
+  Tile tile;
+  if (D > 0) fetch(0, 0);
+  int stage = 0;
+  for (int64_t first = 0; first < D; first += Tile::kDepth, stage ^= 1) {
+    __pipeline_wait_prior(0);
+    __syncthreads();  // this stage is here, and all have done with the other one
+    if (first + Tile::kDepth < D) fetch(first + Tile::kDepth, stage ^ 1);
+    tile.add(threadIdx.x, a[stage], b[stage], static_cast<int>(min(D - first, int64_t{Tile::kDepth})));
+  }
+  tile.write(threadIdx.x, matrix, stride, low, rows, left, columns, false);
+  if (symmetric && tile_row != tile_column) tile.write(threadIdx.x, matrix, stride, left, columns, low, rows, true);
 }
 
-// The list of the k smallest, in registers: place r * 32 + lane of the list is entry r of a lane. An entry makes room for
-// a new one where it is larger; equal ones stay before it, for they have the lower index.
-template <typename T, int R>
-struct RegisterList {
-  T dist2[R];
-  int32_t idx[R];
-
-  __device__ explicit RegisterList(int64_t, T*, int64_t*) {
-#pragma unroll
-    for (int r = 0; r < R; ++r) dist2[r] = infinity<T>(), idx[r] = -1;
-  }
-
-  __device__ void insert(T d, int64_t i, int lane) {
-#pragma unroll
-    for (int r = R - 1; r >= 0; --r) {
-      T before = __shfl_up_sync(kAllLanes, dist2[r], 1);
-      int32_t before_idx = __shfl_up_sync(kAllLanes, idx[r], 1);
-      if (r > 0) {
-        const T carry = __shfl_sync(kAllLanes, dist2[r > 0 ? r - 1 : 0], kWarp - 1);
-        const int32_t carry_idx = __shfl_sync(kAllLanes, idx[r > 0 ? r - 1 : 0], kWarp - 1);
-        if (lane == 0) before = carry, before_idx = carry_idx;
-      }
-      // an empty place (idx -1) is larger than anything, infinity included
-      const bool moves = idx[r] < 0 || dist2[r] > d;
-      const bool before_moves = (r > 0 || lane > 0) && (before_idx < 0 || before > d);
-      if (moves) {
-        dist2[r] = before_moves ? before : d;
-        idx[r] = before_moves ? before_idx : static_cast<int32_t>(i);
-      }
-    }
-  }
-
-  // The k-th entry: what a candidate has to beat.
-  __device__ T last(int64_t k) const {
-    T value = dist2[0];
-#pragma unroll
-    for (int r = 1; r < R; ++r)
-      if (r == (k - 1) / kWarp) value = dist2[r];
-    return __shfl_sync(kAllLanes, value, static_cast<int>((k - 1) % kWarp));
-  }
-
-  __device__ void store(int64_t k, T* dist2_out, int64_t* idx_out, int lane) const {
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const int64_t place = r * kWarp + lane;
-      if (place < k) dist2_out[place] = dist2[r], idx_out[place] = idx[r];
-    }
-  }
-};
-
-// The same list for any k, in the output itself.
-template <typename T>
-struct MemoryList {
-  int64_t k;
-  T* dist2;
-  int64_t* idx;
-
-  __device__ MemoryList(int64_t k_, T* dist2_, int64_t* idx_) : k(k_), dist2(dist2_), idx(idx_) {
-    for (int64_t place = threadIdx.x % kWarp; place < k; place += kWarp) dist2[place] = infinity<T>(), idx[place] = -1;
-    __syncwarp();
-  }
-
-  __device__ void insert(T d, int64_t i, int lane) {
-    for (int64_t base = (k - 1) / kWarp * kWarp; base >= 0; base -= kWarp) {
-      const int64_t place = base + lane;
-      const bool mine = place < k && (idx[place] < 0 || dist2[place] > d);
-      const bool before = mine && place > 0 && (idx[place - 1] < 0 || dist2[place - 1] > d);
-      const T new_dist2 = before ? dist2[place - 1] : d;
-      const int64_t new_idx = before ? idx[place - 1] : i;
-      __syncwarp();
-      if (mine) dist2[place] = new_dist2, idx[place] = new_idx;
-      __syncwarp();
-      if (!__any_sync(kAllLanes, mine)) break;
-    }
-  }
-
-  __device__ T last(int64_t) const { return dist2[k - 1]; }
-  __device__ void store(int64_t, T*, int64_t*, int) const {}
-};
-
-template <typename T, typename List>
-__global__ void knn_kernel(const T* query, const T* points, int64_t rows, int64_t M, int64_t N, int64_t dims, int64_t k,
-                           T* dist2, int64_t* idx) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
+template <int R>
+__global__ void __launch_bounds__(kSelectWarps * kWarp, 4)
+    select_kernel(const float* matrix, int64_t rows, int64_t stride, int64_t k, float* dist2, int64_t* idx) {
+  __shared__ uint64_t waiting[kSelectWarps][kWaiting];
+  const int warp = threadIdx.x / kWarp;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kSelectWarps + warp;
   if (row >= rows) return;
-  const int lane = threadIdx.x % kWarp;
-  const T* q = query + row * dims;
-  const T* cloud = points + row / M * N * dims;
-  List list(k, dist2 + row * k, idx + row * k);
-  int64_t seen = 0;  // points offered to the list
-  T limit = infinity<T>();
-  for (int64_t base = 0; base < N; base += kWarp) {
-    const int64_t i = base + lane;
-    const T d = i < N ? squared_distance(q, cloud + i * dims, dims) : infinity<T>();
-    // in index order, so that the first of equal distances is the one that stays
-    unsigned candidates = __ballot_sync(kAllLanes, i < N && (base < k || d < limit));
-    while (candidates) {
-      const int source = __ffs(static_cast<int>(candidates)) - 1;
-      candidates &= candidates - 1;
-      const T candidate = __shfl_sync(kAllLanes, d, source);
-      if (seen < k || candidate < limit) {
-        list.insert(candidate, base + source, lane);
-        ++seen;
-        limit = seen < k ? infinity<T>() : list.last(k);
-      }
-    }
-  }
-  list.store(k, dist2 + row * k, idx + row * k, lane);
+  k_smallest<R>(matrix + row * stride, stride, k, waiting[warp], dist2 + row * k, idx + row * k);
 }
 
-template <typename T, typename List>
-void launch(const Tensor& query, const Tensor& points, int64_t k, const Tensor& dist2, const Tensor& idx) {
-  const int64_t M = query.size(1), rows = query.size(0) * M;
-  knn_kernel<T, List><<<blocks_for(rows, kWarpsPerBlock), kWarpsPerBlock * kWarp, 0, current_stream(query)>>>(
-      query.const_data_ptr<T>(), points.const_data_ptr<T>(), rows, M, points.size(1), points.size(2), k,
-      dist2.mutable_data_ptr<T>(), idx.mutable_data_ptr<int64_t>());
-  check_launch("knn");
+__global__ void __launch_bounds__(kSelectWarps * kWarp, 4)
+    select_kernel(const double* matrix, int64_t rows, int64_t stride, int64_t k, double* dist2, int64_t* idx) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kSelectWarps + threadIdx.x / kWarp;
+  if (row >= rows) return;
+  k_smallest(matrix + row * stride, stride, k, dist2 + row * k, idx + row * k);
+}
+
+void select(const float* matrix, int64_t rows, int64_t stride, int64_t k, float* dist2, int64_t* idx, cudaStream_t stream) {
+  const unsigned blocks = blocks_for(rows, kSelectWarps);
+  const auto kernel = k <= kWarp ? &select_kernel<1> : &select_kernel<4>;
+  kernel<<<blocks, kSelectWarps * kWarp, 0, stream>>>(matrix, rows, stride, k, dist2, idx);
+}
+
+void select(const double* matrix, int64_t rows, int64_t stride, int64_t k, double* dist2, int64_t* idx,
+            cudaStream_t stream) {
+  select_kernel<<<blocks_for(rows, kSelectWarps), kSelectWarps * kWarp, 0, stream>>>(matrix, rows, stride, k, dist2, idx);
+}
+
+int64_t tiles_of(int64_t rows, int64_t columns, int64_t side, bool symmetric) {
+  const int64_t down = (rows + side - 1) / side, across = (columns + side - 1) / side;
+  return symmetric ? down * (down + 1) / 2 : down * across;
+}
+
+template <typename T, int P>
+void fill(const T* query, const T* points, int64_t clouds, int64_t rows, int64_t columns, int64_t D, int64_t stride,
+          bool symmetric, T* matrix, cudaStream_t stream) {
+  using Tile = PairTile<T, P>;
+  const int64_t tiles = tiles_of(rows, columns, Tile::kSide, symmetric);
+  distances_kernel<T, P><<<blocks_for(clouds * tiles, 1), Tile::kThreads, 0, stream>>>(
+      query, points, rows, columns, D, stride, tiles, symmetric, matrix);
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> knn_pairwise(const Tensor& query, const Tensor& points, int64_t k) {
+std::tuple<Tensor, Tensor> knn_pairwise(const Tensor& query_, const Tensor& points_, int64_t k) {
+  const Tensor query = torch::stable::contiguous(query_), points = torch::stable::contiguous(points_);
   const DeviceGuard guard(query.get_device_index());
-  STD_TORCH_CHECK(points.size(1) <= std::numeric_limits<int32_t>::max(), "reid3d::knn: more than 2^31 - 1 points in a cloud");
-  Tensor dist2 = torch::stable::new_empty(query, {query.size(0), query.size(1), k});
-  Tensor idx = torch::stable::new_empty(query, {query.size(0), query.size(1), k}, ScalarType::Long);
+  const int64_t B = query.size(0), M = query.size(1), N = points.size(1), D = points.size(2);
+  STD_TORCH_CHECK(N < std::numeric_limits<int32_t>::max(), "reid3d::knn: more than 2^31 - 2 points in a cloud");
+  Tensor dist2 = torch::stable::new_empty(query, {B, M, k});
+  Tensor idx = torch::stable::new_empty(query, {B, M, k}, ScalarType::Long);
   if (idx.numel() == 0) return {dist2, idx};
+  int multiprocessors = 1;
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, query.get_device_index());
+  const cudaStream_t stream = current_stream(query);
   dispatch_float_double(query, [&](auto zero) {
     using T = decltype(zero);
-    if (k <= kWarp) {
-      launch<T, RegisterList<T, 1>>(query, points, k, dist2, idx);
-    } else if (k <= 4 * kWarp) {
-      launch<T, RegisterList<T, 4>>(query, points, k, dist2, idx);
-    } else {
-      launch<T, MemoryList<T>>(query, points, k, dist2, idx);
+    const T *q = query.const_data_ptr<T>(), *p = points.const_data_ptr<T>();
+    T* d = dist2.mutable_data_ptr<T>();
+    int64_t* i = idx.mutable_data_ptr<int64_t>();
+    const int64_t stride = (N + 3) / 4 * 4, fit = std::max<int64_t>(kScratch / sizeof(T) / stride, 128);  // rows
+    const int64_t rows = std::min(M, fit / 128 * 128), clouds = rows < M ? 1 : std::min(B, fit / M);
+    const bool symmetric = rows == N && M == N && q == p;
+    const Tensor scratch = torch::stable::new_empty(query, {clouds * rows * stride});
+    T* matrix = scratch.mutable_data_ptr<T>();
+    for (int64_t b = 0; b < B; b += clouds) {
+      const int64_t count = std::min(clouds, B - b);
+      for (int64_t m = 0; m < M; m += rows) {
+        const int64_t size = std::min(rows, M - m), first = b * M + m;
+        if constexpr (std::is_same_v<T, float>) {
+          const bool large = count * tiles_of(size, N, 128, symmetric) >= 2 * multiprocessors;
+          (large ? &fill<T, 8> : &fill<T, 4>)(q + first * D, p + b * N * D, count, size, N, D, stride, symmetric, matrix,
+                                              stream);
+        } else {
+          fill<T, 4>(q + first * D, p + b * N * D, count, size, N, D, stride, symmetric, matrix, stream);
+        }
+        check_launch("knn");
+        select(matrix, count * size, stride, k, d + first * k, i + first * k, stream);
+        check_launch("knn");
+      }
     }
   });
   return {dist2, idx};

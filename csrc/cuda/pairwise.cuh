@@ -1,14 +1,13 @@
-// k nearest neighbours in any dimension, for knn.cu.
+// k nearest neighbours by all distances, in any number of dimensions (csrc/cuda/pairwise.cu).
 #pragma once
-
-#include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
 
+#include "launch.cuh"
+
 namespace reid3d {
 
-// Both inputs (B,·,D) contiguous, float32 or float64, D >= 0, any k up to the number of points.
-std::tuple<torch::stable::Tensor, torch::stable::Tensor> knn_pairwise(const torch::stable::Tensor& query,
-                                                                      const torch::stable::Tensor& points, int64_t k);
+// query (B,M,D), points (B,N,D) float or double, 1 <= k <= N -> squared distances and int64 indices, both (B,M,k).
+std::tuple<Tensor, Tensor> knn_pairwise(const Tensor& query, const Tensor& points, int64_t k);
 
 }  // namespace reid3d
