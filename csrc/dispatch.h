@@ -19,4 +19,11 @@ void dispatch_float_double(const torch::stable::Tensor& x, F&& f) {
   }
 }
 
+// Whether two tensors of one dtype are one: a cloud's own graph needs no second copy of the cloud.
+inline bool same_memory(const torch::stable::Tensor& x, const torch::stable::Tensor& y) {
+  bool same = x.data_ptr() == y.data_ptr() && x.dim() == y.dim();
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = x.size(d) == y.size(d) && x.stride(d) == y.stride(d);
+  return same;
+}
+
 }  // namespace reid3d

@@ -59,7 +59,8 @@ void by_blocks(const Tensor& query, const Tensor& points, int64_t k, T* dist2, i
 }
 
 std::tuple<Tensor, Tensor> knn(const Tensor& query_, const Tensor& points_, std::optional<Tensor> order, int64_t k) {
-  const Tensor query = torch::stable::contiguous(query_), points = torch::stable::contiguous(points_);
+  const Tensor query = torch::stable::contiguous(query_);
+  const Tensor points = same_memory(query_, points_) ? query : torch::stable::contiguous(points_);
   const int64_t B = query.size(0), M = query.size(1);
   STD_TORCH_CHECK(points.size(1) <= kMaxPoints, "reid3d: a cloud has at most ", kMaxPoints, " points, got ", points.size(1));
   Tensor dist2 = torch::stable::new_empty(query, {B, M, k});

@@ -212,12 +212,15 @@ class Stage(nn.Module):
     """Graph convolutions, then, when ``points`` is given, a set abstraction around as many sampled points.
 
     With ``shortcut`` the input joins the output through a learned convex gate (``skip``, the logit of its share), after
-    Linear -> LeakyReLU where the channels change.
+    Linear -> LeakyReLU where the channels change. Points that were ``sampled`` before are in the order of sampling, so
+    that sampling some of them takes the first.
     """
 
-    def __init__(self, c_in: int, c_out: int, convs: int, points: int | None, shortcut: bool, last: bool) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, convs: int, points: int | None, shortcut: bool, sampled: bool, last: bool
+    ) -> None:
         super().__init__()
-        self.points, self.last = points, last
+        self.points, self.sampled, self.last = points, sampled, last
         self.convs = nn.ModuleList(EdgeConv(c_in if i == 0 else c_out, c_out) for i in range(convs))
         self.abstraction = SetAbstraction(c_out) if points is not None else None
         self.project = nn.Linear(c_in, c_out) if shortcut and points is not None else None
@@ -226,19 +229,22 @@ class Stage(nn.Module):
     def forward(self, xyz: Tensor, h: Tensor, k: int, graph: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """xyz (B, N, 3), h (B, N, C), the graph of xyz if it is known -> the same of the next points."""
         h_in = h
+        order = None if self.sampled or self.last else ops.morton_order(xyz)  # for a search and a sampling
         for conv in self.convs:
             if self.last:  # neighbours in space and features, anew for each convolution
                 space = torch.cat((xyz, h.detach()), dim=2)
                 h = conv(h, ops.knn(space, space, k).idx)
             else:
-                graph = ops.knn(xyz, xyz, k).idx if graph is None else graph
+                graph = ops.knn(xyz, xyz, k, order=order).idx if graph is None else graph
                 h = conv(h, graph)
         if self.abstraction is not None and self.points is not None:
-            sample = ops.farthest_point_sample(xyz, self.points).unsqueeze(2)
-            centers = xyz.gather(1, sample.expand(-1, -1, 3))
+            if self.sampled:
+                centers, h_in = xyz[:, : self.points], h_in[:, : self.points]
+            else:
+                sample = ops.farthest_point_sample(xyz, self.points, order=order).unsqueeze(2)
+                centers, h_in = (x.gather(1, sample.expand(-1, -1, x.shape[2])) for x in (xyz, h_in))
             h = self.abstraction(centers, xyz, h)
             if self.project is not None:
-                h_in = h_in.gather(1, sample.expand(-1, -1, h_in.shape[2]))
                 h_in = F.leaky_relu(self.project(h_in), SLOPE)
             xyz, graph = centers, None
         if self.skip is not None:
@@ -288,12 +294,13 @@ class OGNet(nn.Module):
                 raise TypeError(f"{name} must be an int, got {value!r}")
         self.k, self.min_points = k, max(init_points, k)
         self.stages = nn.ModuleList()
-        c_in, left = 3, 2 * init_points
+        c_in, left, sampled = 3, 2 * init_points, False
         for i, c_out in enumerate(dims):
             graph_points, samples = left, c_out != c_in
             left = left // 2 if samples else left
             points = left if samples else None
-            self.stages.append(Stage(c_in, c_out, convs, points, shortcut, last=i + 1 == len(dims)))
+            self.stages.append(Stage(c_in, c_out, convs, points, shortcut, sampled, last=i + 1 == len(dims)))
+            sampled = sampled or samples
             c_in = c_out
         if not 1 <= k <= graph_points or left < 1:
             raise ValueError(

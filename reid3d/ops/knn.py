@@ -41,8 +41,9 @@ def knn(query: Tensor, points: Tensor, k: int, *, order: Tensor | None = None) -
 
     Source: the k-NN graph of EdgeConv, Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", TOG 2019.
     """
+    own = query is points  # a half type is widened once, so that the kernel still sees a cloud's own graph
     query = check_points("query", query)
-    points = check_points("points", points)
+    points = query if own else check_points("points", points)
     check_same_cloud_batch("query", query, "points", points)
     check_not_empty("points", points)
     k = check_int("k", k, 1, points.shape[1], "the number of points")
