@@ -19,19 +19,20 @@ constexpr int kSelectWarps = 8;
 // matrix (clouds,rows,stride). A block per tile; of a cloud with itself only the tiles that `symmetric` leaves.
 template <typename T, int P>
 __global__ void __launch_bounds__(PairTile<T, P>::kThreads, 2)
-    distances_kernel(const T* query, const T* points, int64_t rows, int64_t columns, int64_t D, int64_t stride,
-                     int64_t tiles, bool symmetric, T* matrix) {
+    distances_kernel(const T* query, const T* points, int32_t rows, int32_t columns, int32_t D, int32_t stride,
+                     int32_t tiles, bool symmetric, T* matrix) {
   using Tile = PairTile<T, P>;
   __shared__ alignas(32) typename Tile::Points a[2], b[2];
-  const int64_t cloud = blockIdx.x / tiles, across = (columns + Tile::kSide - 1) / Tile::kSide;
-  int64_t tile_row = blockIdx.x % tiles / across, tile_column = blockIdx.x % tiles % across;
-  if (symmetric) upper_tile(blockIdx.x % tiles, across, tile_row, tile_column);
-  const int64_t low = tile_row * Tile::kSide, left = tile_column * Tile::kSide;
+  const int32_t tile_index = blockIdx.x % tiles, across = (columns + Tile::kSide - 1) / Tile::kSide;
+  int32_t tile_row = tile_index / across, tile_column = tile_index % across;
+  if (symmetric) upper_tile(tile_index, across, tile_row, tile_column);
+  const int32_t low = tile_row * Tile::kSide, left = tile_column * Tile::kSide;
+  const int64_t cloud = blockIdx.x / tiles;
   query += cloud * rows * D;
   points += cloud * columns * D;
   matrix += cloud * rows * stride;
 
-  const auto fetch = [&](int64_t first, int stage) {
+  const auto fetch = [&](int32_t first, int stage) {
     const auto copy = [](T* to, const T* from, bool there) {
       __pipeline_memcpy_async(to, from, sizeof(T), there ? 0 : sizeof(T));
     };
@@ -42,11 +43,11 @@ __global__ void __launch_bounds__(PairTile<T, P>::kThreads, 2)
   Tile tile;
   if (D > 0) fetch(0, 0);
   int stage = 0;
-  for (int64_t first = 0; first < D; first += Tile::kDepth, stage ^= 1) {
+  for (int32_t first = 0; first < D; first += Tile::kDepth, stage ^= 1) {
     __pipeline_wait_prior(0);
     __syncthreads();  // this stage is here, and all have done with the other one
     if (first + Tile::kDepth < D) fetch(first + Tile::kDepth, stage ^ 1);
-    tile.add(threadIdx.x, a[stage], b[stage], static_cast<int>(min(D - first, int64_t{Tile::kDepth})));
+    tile.add(threadIdx.x, a[stage], b[stage], min(D - first, int32_t{Tile::kDepth}));
   }
   tile.write(threadIdx.x, matrix, stride, low, rows, left, columns, false);
   if (symmetric && tile_row != tile_column) tile.write(threadIdx.x, matrix, stride, left, columns, low, rows, true);
@@ -90,8 +91,10 @@ void fill(const T* query, const T* points, int64_t clouds, int64_t rows, int64_t
           bool symmetric, T* matrix, cudaStream_t stream) {
   using Tile = PairTile<T, P>;
   const int64_t tiles = tiles_of(rows, columns, Tile::kSide, symmetric);
-  distances_kernel<T, P><<<blocks_for(clouds * tiles, 1), Tile::kThreads, 0, stream>>>(
-      query, points, rows, columns, D, stride, tiles, symmetric, matrix);
+  const unsigned blocks = blocks_for(clouds * tiles, 1);
+  distances_kernel<T, P><<<blocks, Tile::kThreads, 0, stream>>>(
+      query, points, static_cast<int32_t>(rows), static_cast<int32_t>(columns), static_cast<int32_t>(D),
+      static_cast<int32_t>(stride), static_cast<int32_t>(tiles), symmetric, matrix);
 }
 
 }  // namespace
@@ -100,7 +103,8 @@ std::tuple<Tensor, Tensor> knn_pairwise(const Tensor& query_, const Tensor& poin
   const Tensor query = torch::stable::contiguous(query_), points = torch::stable::contiguous(points_);
   const DeviceGuard guard(query.get_device_index());
   const int64_t B = query.size(0), M = query.size(1), N = points.size(1), D = points.size(2);
-  STD_TORCH_CHECK(N < std::numeric_limits<int32_t>::max(), "reid3d::knn: more than 2^31 - 2 points in a cloud");
+  constexpr int64_t most = (int64_t{1} << 31) - 256;  // a tile beyond the last point has a number too
+  STD_TORCH_CHECK(N <= most && D <= most, "reid3d::knn: more than ", most, " points in a cloud, or dimensions");
   Tensor dist2 = torch::stable::new_empty(query, {B, M, k});
   Tensor idx = torch::stable::new_empty(query, {B, M, k}, ScalarType::Long);
   if (idx.numel() == 0) return {dist2, idx};

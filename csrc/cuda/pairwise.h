@@ -7,7 +7,7 @@
 namespace reid3d {
 
 // Tile t of those on and above the diagonal, row by row, of a square of `side` tiles by `side`.
-REID3D_HOST_DEVICE inline void upper_tile(int64_t t, int64_t side, int64_t& row, int64_t& column) {
+REID3D_HOST_DEVICE inline void upper_tile(int32_t t, int32_t side, int32_t& row, int32_t& column) {
   for (row = 0; t >= side - row; ++row) t -= side - row;
   column = row + t;
 }
@@ -33,15 +33,14 @@ struct PairTile {
   REID3D_HOST_DEVICE static int place(int part, int i) { return i / 4 * 64 + part * 4 + i % 4; }
 
   // Brings coordinates [first, first + kDepth) of the rows [low, low + kSide) to shared memory, with zeros where there
-  // are none: copy(destination, source, whether there is a source).
+  // are none: copy(destination, source, whether there is a source to be read).
   template <typename Copy>
-  REID3D_HOST_DEVICE static void fetch(int thread, Points& points, const T* x, int64_t low, int64_t rows, int64_t D,
-                                       int64_t first, const Copy& copy) {
-    const int d = thread % kDepth;
-    for (int r = thread / kDepth; r < kSide; r += kThreads / kDepth) {
-      const bool there = low + r < rows && first + d < D;
-      copy(&points[d][r], there ? x + (low + r) * D + first + d : x, there);
-    }
+  REID3D_HOST_DEVICE static void fetch(int thread, Points& points, const T* x, int32_t low, int32_t rows, int32_t D,
+                                       int32_t first, const Copy& copy) {
+    const int d = thread % kDepth, r = thread / kDepth;
+    const T* from = x + static_cast<int64_t>(low + r) * D + first + d;
+    for (int step = 0; step < kSide; step += kThreads / kDepth, from += kThreads / kDepth * static_cast<int64_t>(D))
+      copy(&points[d][r + step], from, low + r + step < rows && first + d < D);
   }
 
   REID3D_HOST_DEVICE static void read(const T* points, int part, T (&x)[P]) {
@@ -66,20 +65,20 @@ struct PairTile {
   }
 
   // Writes to a matrix with `stride` columns, a multiple of four: +inf in those that stand for no point, and for NaN.
-  REID3D_HOST_DEVICE void write(int thread, T* matrix, int64_t stride, int64_t low, int64_t rows, int64_t left,
-                                int64_t columns, bool transposed) const {
+  REID3D_HOST_DEVICE void write(int thread, T* matrix, int32_t stride, int32_t low, int32_t rows, int32_t left,
+                                int32_t columns, bool transposed) const {
     constexpr T inf = std::numeric_limits<T>::infinity();
     const int mine = transposed ? thread % 16 : thread / 16, other = transposed ? thread / 16 : thread % 16;
     for (int i = 0; i < P; ++i) {
-      const int64_t row = low + place(mine, i);
+      const int32_t row = low + place(mine, i);
       for (int j = 0; j < P; j += 4) {
-        const int64_t column = left + place(other, j);
+        const int32_t column = left + place(other, j);
         T x[4];
         for (int u = 0; u < 4; ++u) {
           const T d = transposed ? dist2[j + u][i] : dist2[i][j + u];
           x[u] = column + u < columns && d < inf ? d : inf;
         }
-        if (row < rows && column < stride) store(matrix + row * stride + column, x);
+        if (row < rows && column < stride) store(matrix + static_cast<int64_t>(row) * stride + column, x);
       }
     }
   }

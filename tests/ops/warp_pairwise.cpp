@@ -15,7 +15,7 @@ namespace {
 
 std::mt19937 rng(1);
 
-int64_t below(int64_t limit) { return static_cast<int64_t>(rng() % static_cast<uint64_t>(limit)); }
+int32_t below(int32_t limit) { return static_cast<int32_t>(rng() % static_cast<uint32_t>(limit)); }
 
 template <typename T>
 T value(int round) {
@@ -37,8 +37,8 @@ struct Aligned {
 };
 
 template <typename T, int P>
-void run_tile(const T* query, int64_t rows, const T* points, int64_t columns, int64_t D, int64_t stride, int64_t tile_row,
-              int64_t tile_column, bool mirror, T* matrix) {
+void run_tile(const T* query, int32_t rows, const T* points, int32_t columns, int32_t D, int32_t stride, int32_t tile_row,
+              int32_t tile_column, bool mirror, T* matrix) {
   using Tile = PairTile<T, P>;
   struct alignas(64) Stage {
     typename Tile::Points a, b;
@@ -47,14 +47,14 @@ void run_tile(const T* query, int64_t rows, const T* points, int64_t columns, in
   static std::vector<Tile> tiles;
   tiles.assign(Tile::kThreads, Tile());
   const auto copy = [](T* to, const T* from, bool there) { *to = there ? *from : 0; };
-  const int64_t low = tile_row * Tile::kSide, left = tile_column * Tile::kSide;
-  for (int64_t first = 0; first < D; first += Tile::kDepth) {
+  const int32_t low = tile_row * Tile::kSide, left = tile_column * Tile::kSide;
+  for (int32_t first = 0; first < D; first += Tile::kDepth) {
     for (int t = 0; t < Tile::kThreads; ++t) {
       Tile::fetch(t, stage.a, query, low, rows, D, first, copy);
       Tile::fetch(t, stage.b, points, left, columns, D, first, copy);
     }
     for (int t = 0; t < Tile::kThreads; ++t)
-      tiles[t].add(t, stage.a, stage.b, static_cast<int>(std::min<int64_t>(D - first, Tile::kDepth)));
+      tiles[t].add(t, stage.a, stage.b, std::min<int32_t>(D - first, Tile::kDepth));
   }
   for (int t = 0; t < Tile::kThreads; ++t) {
     tiles[t].write(t, matrix, stride, low, rows, left, columns, false);
@@ -96,18 +96,18 @@ bool selection_is_right(const T* matrix, int64_t rows, int64_t N, int64_t stride
 
 template <typename T, int P>
 bool check_clouds(int round) {
-  constexpr int64_t side = PairTile<T, P>::kSide;
+  constexpr int32_t side = PairTile<T, P>::kSide;
   const bool symmetric = round % 2 == 0;
-  const int64_t N = 1 + below(round % 4 == 0 ? 2 * side + 9 : 90), M = symmetric ? N : 1 + below(150), D = below(40);
+  const int32_t N = 1 + below(round % 4 == 0 ? 2 * side + 9 : 90), M = symmetric ? N : 1 + below(150), D = below(40);
   std::vector<T> points(N * D), other(M * D);
   for (T& x : points) x = value<T>(round);
   for (T& x : other) x = value<T>(round);
   const T *p = points.data(), *q = symmetric ? p : other.data();
-  const int64_t stride = (N + 3) / 4 * 4;
+  const int32_t stride = (N + 3) / 4 * 4;
   Aligned<T> matrix(M * stride, -1);
-  const int64_t down = (M + side - 1) / side, across = (N + side - 1) / side;
-  for (int64_t t = 0; t < (symmetric ? down * (down + 1) / 2 : down * across); ++t) {
-    int64_t tile_row = t / across, tile_column = t % across;
+  const int32_t down = (M + side - 1) / side, across = (N + side - 1) / side;
+  for (int32_t t = 0; t < (symmetric ? down * (down + 1) / 2 : down * across); ++t) {
+    int32_t tile_row = t / across, tile_column = t % across;
     if (symmetric) upper_tile(t, across, tile_row, tile_column);
     run_tile<T, P>(q, M, p, N, D, stride, tile_row, tile_column, symmetric && tile_row != tile_column, matrix.data);
   }
