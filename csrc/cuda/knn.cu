@@ -1,5 +1,5 @@
-// k nearest neighbours. In up to 3 dimensions, float32, a warp walks through queries along the Z-curve (knn.h); all else
-// is compared pair by pair (pairwise.cu). Contract: reid3d/ops/knn.py.
+// k nearest neighbours. In float32 and up to 3 dimensions a warp walks through queries along the Z-curve (knn.h); all
+// else is compared pair by pair (pairwise.cu). Contract: reid3d/ops/knn.py.
 #include "knn.h"
 
 #include <algorithm>
@@ -121,7 +121,8 @@ std::tuple<Tensor, Tensor> knn(const Tensor& query_, const Tensor& points_, cons
   Tensor dist2 = torch::stable::new_empty(query, {B, M, k});
   Tensor idx = torch::stable::new_empty(query, {B, M, k}, ScalarType::Long);
   if (idx.numel() == 0) return {dist2, idx};
-  STD_TORCH_CHECK(!order || order->numel() == B * points.size(1), "reid3d::knn: order must have an entry for every point");
+  STD_TORCH_CHECK(!order || order->numel() == B * points.size(1),
+                  "reid3d::knn: order must have an entry for every point");
   const OrderedBatch ordered(points, order ? torch::stable::contiguous(*order) : morton_order(points));
   std::optional<OrderedBatch> asked;
   if (!self) asked.emplace(query, morton_order(query));

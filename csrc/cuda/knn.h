@@ -1,8 +1,9 @@
-// k nearest neighbours in space, k <= 128, as a warp finds them. The points of a cloud lie in Morton order, in leaves of
-// 32 with a box around each, and 32 leaves are a branch with a box of its own. A warp walks through queries that are
+// k nearest neighbours in space, k <= 128, as a warp finds them. The points of a cloud lie along the Z-curve, in leaves
+// of 32 with a box around each, and 32 leaves are a branch with a box of its own. A warp walks through queries that are
 // near each other: what the last one needed bounds what the next one can need, and few boxes lie that near.
 #pragma once
 
+#include "box.h"
 #include "sorted_list.h"
 
 namespace reid3d {
@@ -10,10 +11,6 @@ namespace reid3d {
 struct alignas(16) OrderedPoint {
   float x, y, z;
   int32_t index;  // in the cloud as it was given; -1 behind the last point
-};
-
-struct alignas(16) Box {
-  float lo[4], hi[4];  // the fourth is for the alignment
 };
 
 // The points of a cloud and their boxes in memory.
@@ -26,26 +23,6 @@ struct OrderedCloud {
 
 REID3D_HOST_DEVICE inline int32_t count_leaves(int64_t N) { return static_cast<int32_t>((N + kWarp - 1) / kWarp); }
 REID3D_HOST_DEVICE inline int32_t count_branches(int64_t N) { return count_leaves(count_leaves(N)); }
-
-// The box around the boxes of all lanes. fminf and fmaxf pass over NaN.
-REID3D_WARP Box box_around(Lane<Box> box) {
-  REID3D_UNROLL
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    REID3D_UNROLL
-    for (int a = 0; a < 3; ++a) {
-      const Lane<float> lo = shfl_xor(map([a](const Box& b) { return b.lo[a]; }, box), step);
-      const Lane<float> hi = shfl_xor(map([a](const Box& b) { return b.hi[a]; }, box), step);
-      box = map(
-          [a](Box b, float lo, float hi) {
-            b.lo[a] = fminf(b.lo[a], lo);
-            b.hi[a] = fmaxf(b.hi[a], hi);
-            return b;
-          },
-          box, lo, hi);
-    }
-  }
-  return first_lane(box);
-}
 
 // Copies the points of a leaf, xyz (N,dims) in the given order, and finds its box. Missing coordinates are zero.
 REID3D_WARP Box fill_leaf(const float* xyz, int dims, const int32_t* order, int32_t leaf, const OrderedCloud& cloud) {
@@ -62,24 +39,7 @@ REID3D_WARP Box fill_leaf(const float* xyz, int dims, const int32_t* order, int3
       },
       lane_id());
   each([=](int lane, const OrderedPoint& p) { points[lane] = p; }, lane_id(), point);
-  return box_around(
-      map([](const OrderedPoint& p) { return Box{{p.x, p.y, p.z, 0}, {p.x, p.y, p.z, 0}}; }, point));
-}
-
-// The box around up to 32 boxes.
-REID3D_WARP Box box_around(const Box* boxes, int count) {
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  const Box none{{nan, nan, nan, 0}, {nan, nan, nan, 0}};
-  return box_around(map([=](int lane) { return lane < count ? boxes[lane] : none; }, lane_id()));
-}
-
-// No point in the box has a smaller computed distance: it is rounded in the same steps, and rounding keeps order. A NaN
-// bounds nothing.
-REID3D_WARP float distance_to_box(const Box& box, float x, float y, float z) {
-  const float dx = fmaxf(fmaxf(box.lo[0] - x, x - box.hi[0]), 0.0f);
-  const float dy = fmaxf(fmaxf(box.lo[1] - y, y - box.hi[1]), 0.0f);
-  const float dz = fmaxf(fmaxf(box.lo[2] - z, z - box.hi[2]), 0.0f);
-  return squared_distance3(dx, dy, dz, 0.0f, 0.0f, 0.0f);
+  return box_around(map([](const OrderedPoint& p) { return box_of_point(p.x, p.y, p.z); }, point));
 }
 
 // The k neighbours of one query after the other.

@@ -7,8 +7,11 @@
 #include <cstdlib>
 #include <iostream>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <vector>
+
+#include "../../csrc/morton.h"
 
 // Prints where, and the values that led there.
 #define CHECK(condition, ...) \
@@ -48,4 +51,22 @@ std::vector<T> cloud(int N, int kind, Random& random) {
     }
   }
   return xyz;
+}
+
+// The points along the Z-curve, or in any order: results do not depend on it.
+inline std::vector<int32_t> order_of(const std::vector<float>& xyz, int dims, bool morton, Random& random) {
+  const int N = static_cast<int>(xyz.size()) / dims;
+  std::vector<int32_t> order(N);
+  std::iota(order.begin(), order.end(), 0);
+  if (!morton) {
+    std::shuffle(order.begin(), order.end(), random);
+    return order;
+  }
+  const reid3d::MortonGrid<float> grid(0, 0, 0, 1);
+  const auto key = [&](int i) {
+    const float* p = &xyz[dims * i];
+    return grid.key(p[0], dims > 1 ? p[1] : 0, dims > 2 ? p[2] : 0);
+  };
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return key(a) < key(b); });
+  return order;
 }
