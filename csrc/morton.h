@@ -25,7 +25,8 @@ struct MortonGrid {
 
   REID3D_HOST_DEVICE uint32_t cell(T value, int axis) const {
     const T c = (value - lo[axis]) * scale;
-    return c > 0 ? static_cast<uint32_t>(c < 1023 ? c : T(1023)) : 0;  // a NaN is in cell 0
+    const T inside = c > 0 ? c : T(0);  // a NaN is in cell 0
+    return static_cast<uint32_t>(static_cast<int32_t>(inside < 1023 ? inside : T(1023)));
   }
 
   REID3D_HOST_DEVICE uint32_t key(T x, T y, T z) const {

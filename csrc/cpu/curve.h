@@ -15,29 +15,49 @@ constexpr T kInf = static_cast<T>(std::numeric_limits<float>::infinity());
 template <typename T>
 REID3D_INLINE T coordinate(const T* row, int64_t dims, int64_t axis) { return axis < dims ? row[axis] : T(0); }
 
+// The lower corner of the box of a cloud, and its longest side; a NaN is in no box.
+template <typename T>
+MortonGrid<T> grid_of(const T* rows, int64_t n, int64_t dims) {
+  constexpr int kPeriod = 3 * kLanes;  // of the axes in the rows, one after the other, for 1, 2 and 3 of them
+  Vec<T> least[3], most[3];
+  for (int v = 0; v < 3; ++v) least[v] = Vec<T>::all(kInf<T>), most[v] = Vec<T>::all(-kInf<T>);
+  int64_t at = 0;
+  for (; at + kPeriod <= n * dims; at += kPeriod)
+    for (int v = 0; v < 3; ++v) {
+      const Vec<T> c = Vec<T>::load(rows + at + v * kLanes);
+      least[v] = min(c, least[v]), most[v] = max(c, most[v]);
+    }
+  T lo[3] = {kInf<T>, kInf<T>, kInf<T>}, hi[3] = {-kInf<T>, -kInf<T>, -kInf<T>};
+  const auto widen = [&](int64_t axis, T low, T high) {
+    lo[axis] = low < lo[axis] ? low : lo[axis];
+    hi[axis] = high > hi[axis] ? high : hi[axis];
+  };
+  T lows[kPeriod], highs[kPeriod];
+  for (int v = 0; v < 3; ++v) least[v].store(lows + v * kLanes), most[v].store(highs + v * kLanes);
+  for (int i = 0; i < kPeriod; ++i) widen(i % dims, lows[i], highs[i]);
+  for (; at < n * dims; ++at) widen(at % dims, rows[at], rows[at]);
+  T longest = 0;
+  for (int axis = 0; axis < dims; ++axis) longest = hi[axis] - lo[axis] > longest ? hi[axis] - lo[axis] : longest;
+  for (int64_t axis = dims; axis < 3; ++axis) lo[axis] = 0;
+  return {lo[0], lo[1], lo[2], longest};
+}
+
 // A stable radix sort of the keys, with the index below each.
 template <typename T>
 void morton_order(const T* rows, int64_t n, int64_t dims, uint64_t* keys, int32_t* order) {
-  T lo[3], hi[3];
-  for (int axis = 0; axis < 3; ++axis) lo[axis] = kInf<T>, hi[axis] = -kInf<T>;
-  for (int64_t i = 0; i < n; ++i)
-    for (int axis = 0; axis < 3; ++axis) {
-      const T c = coordinate(rows + i * dims, dims, axis);
-      lo[axis] = c < lo[axis] ? c : lo[axis];
-      hi[axis] = c > hi[axis] ? c : hi[axis];
-    }
-  T longest = 0;
-  for (int axis = 0; axis < 3; ++axis) longest = hi[axis] - lo[axis] > longest ? hi[axis] - lo[axis] : longest;
-  const MortonGrid<T> grid(lo[0], lo[1], lo[2], longest);
-
+  const MortonGrid<T> grid = grid_of(rows, n, dims);
+  uint32_t* key = reinterpret_cast<uint32_t*>(order);
+  if (dims == 3) {
+    for (int64_t i = 0; i < n; ++i) key[i] = grid.key(rows[3 * i], rows[3 * i + 1], rows[3 * i + 2]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) key[i] = grid.key(rows[i * dims], coordinate(rows + i * dims, dims, 1), T(0));
+  }
   constexpr int kDigits = 3, kBits = 10;
   uint32_t count[kDigits][1 << kBits] = {};
   uint64_t *from = keys, *to = keys + n;
   for (int64_t i = 0; i < n; ++i) {
-    const T* row = rows + i * dims;
-    const uint32_t key = grid.key(coordinate(row, dims, 0), coordinate(row, dims, 1), coordinate(row, dims, 2));
-    for (int digit = 0; digit < kDigits; ++digit) ++count[digit][key >> digit * kBits & 1023];
-    from[i] = static_cast<uint64_t>(key) << 32 | static_cast<uint32_t>(i);
+    for (int digit = 0; digit < kDigits; ++digit) ++count[digit][key[i] >> digit * kBits & 1023];
+    from[i] = static_cast<uint64_t>(key[i]) << 32 | static_cast<uint32_t>(i);
   }
   for (int digit = 0; digit < kDigits; ++digit) {
     uint32_t next = 0;

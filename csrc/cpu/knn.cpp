@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& query_, const Tensor& points_, std:
   if (idx.numel() == 0) return {dist2, idx};
   dispatch_float_double(query, [&](auto zero) {
     using T = decltype(zero);
-    if (query.size(2) <= 3) in_space<T>(query, points, order, k, dist2.mutable_data_ptr<T>(), idx.mutable_data_ptr<int64_t>());
+    if (1 <= query.size(2) && query.size(2) <= 3) in_space<T>(query, points, order, k, dist2.mutable_data_ptr<T>(), idx.mutable_data_ptr<int64_t>());
     else by_blocks<T>(query, points, k, dist2.mutable_data_ptr<T>(), idx.mutable_data_ptr<int64_t>());
   });
   return {dist2, idx};

@@ -38,6 +38,13 @@ def test_a_large_cloud_equals_the_reference(device, rng):
     assert torch.equal(farthest_point_sample(xyz, 768), farthest_point_sample_reference(xyz, 768, 0))
 
 
+@pytest.mark.parametrize(("batch", "n"), [(1, 5000), (3, 5000), (2, 70000)])
+def test_deep_trees_equal_the_reference(batch, n, device, rng):
+    xyz = torch.tensor(rng.random((batch, n, 3)), dtype=torch.float32, device=device)
+    xyz[:, 1::2] = xyz[:, ::2].clone()  # every point twice
+    assert torch.equal(farthest_point_sample(xyz, 40, 7), farthest_point_sample_reference(xyz, 40, 7))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_picks_every_point_once(kind, device, rng):
     xyz = cloud(kind, 130, rng).to(device, torch.float32)

@@ -116,6 +116,28 @@ def test_empty(b, m, device):
     assert (result.dist2.dtype, result.idx.dtype) == (torch.float32, torch.int64)
 
 
+def test_no_dimensions(device):
+    result = knn(torch.zeros(2, 4, 0, device=device), torch.zeros(2, 5, 0, device=device), 3)
+    assert result.dist2.abs().sum() == 0 and result.idx.tolist() == [[[0, 1, 2]] * 4] * 2
+
+
+@pytest.mark.parametrize("k", [16, 17, 33, 65])
+@pytest.mark.parametrize("dims", [3, 8])
+def test_many_at_one_distance(k, dims, dtype, device, rng):
+    # more points tie at the k-th distance than any list of candidates holds
+    points = torch.tensor(rng.integers(0, 2, (2, 400, dims))).to(device, dtype)
+    points[:, :100] = points[:, :1]
+    result, expected = knn(points, points, k), knn_reference(points, points, k)
+    assert torch.equal(result.idx, expected[1]) and torch.equal(result.dist2, expected[0])
+
+
+def test_deep_trees(device, rng):
+    points = torch.tensor(rng.random((1, 70000, 3)), dtype=torch.float32, device=device)
+    result, expected = knn(points[:, :40], points, 20), knn_reference(points[:, :40], points, 20)
+    assert torch.equal(result.idx, expected[1]) and torch.equal(result.dist2, expected[0])
+    assert torch.equal(knn(points, points, 20).idx[:, :40], expected[1])
+
+
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_half_is_read_as_float32(half, device, rng):
     xyz = cloud("random", 60, rng).to(device, half)
@@ -129,6 +151,8 @@ def test_non_contiguous(device, rng):
     strided = xyz.transpose(1, 2).contiguous().transpose(1, 2)
     assert not strided.is_contiguous()
     assert torch.equal(knn(strided[:, ::2], strided, 5).idx, knn(xyz[:, ::2].contiguous(), xyz, 5).idx)
+    assert torch.equal(knn(strided, strided, 5).idx, knn(xyz, xyz, 5).idx)
+    assert torch.equal(knn(xyz[:, :30], xyz, 5).idx, knn(xyz, xyz, 5).idx[:, :30])  # begins where points begin
 
 
 def test_gradients(device, rng):
