@@ -38,7 +38,7 @@ def test_a_large_cloud_equals_the_reference(device, rng):
     assert torch.equal(farthest_point_sample(xyz, 768), farthest_point_sample_reference(xyz, 768, 0))
 
 
-@pytest.mark.parametrize(("batch", "n"), [(1, 5000), (3, 5000), (2, 70000)])
+@pytest.mark.parametrize(("batch", "n"), [(1, 5000), (5, 5000), (2, 70000)])
 def test_deep_trees_equal_the_reference(batch, n, device, rng):
     xyz = torch.tensor(rng.random((batch, n, 3)), dtype=torch.float32, device=device)
     xyz[:, 1::2] = xyz[:, ::2].clone()  # every point twice
