@@ -52,7 +52,7 @@ def farthest_point_sample_reference(xyz: Tensor, m: int, start: int) -> Tensor:
     for i in range(m):
         picked[:, i : i + 1] = current
         dist2.scatter_(1, current, -torch.inf)
-        point = xyz.gather(1, current[..., None].expand(-1, -1, 3))
+        point = xyz.gather(1, current[..., None].expand(-1, -1, xyz.shape[2]))
         dist2 = torch.minimum(dist2, squared_distances(point, xyz)[:, 0])
         current = dist2.argmax(1, keepdim=True)  # the first of equal ones
     return picked
