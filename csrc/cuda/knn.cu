@@ -102,16 +102,9 @@ void launch(const OrderedClouds& points, const OrderedClouds& queries, int64_t k
   check_launch("knn");
 }
 
-bool one_memory(const Tensor& a, const Tensor& b) {
-  if (a.data_ptr() != b.data_ptr()) return false;
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) != b.size(d) || a.stride(d) != b.stride(d)) return false;
-  return true;
-}
-
 std::tuple<Tensor, Tensor> knn(const Tensor& query_, const Tensor& points_, const std::optional<Tensor>& order,
                                int64_t k) {
-  const bool self = one_memory(query_, points_);
+  const bool self = same_memory(query_, points_);
   const Tensor points = torch::stable::contiguous(points_), query = self ? points : torch::stable::contiguous(query_);
   if (points.scalar_type() != ScalarType::Float || points.size(2) > 3 || k > 4 * kWarp)
     return knn_pairwise(query, points, k);
