@@ -94,8 +94,8 @@ struct OrderedBatch {
 template <int R>
 void launch(const OrderedClouds& points, const OrderedClouds& queries, int64_t k, Tensor& dist2, Tensor& idx) {
   const int64_t B = dist2.size(0), M = dist2.size(1);
-  // Long walks pay once for their first query; short ones fill the device and end together.
-  const int64_t steps = std::clamp<int64_t>(B * M / (1 << 14), 4, 32), walks = (M + steps - 1) / steps;
+  // The first query of a walk costs more; but a device holds thousands of walks, and short ones end together.
+  const int64_t steps = std::clamp<int64_t>(B * M / (1 << 13), 1, 8), walks = (M + steps - 1) / steps;
   knn_kernel<R><<<blocks_for(B * walks, kWarpsPerBlock), kWarpsPerBlock * kWarp, 0, current_stream(dist2)>>>(
       points, queries, B, static_cast<int32_t>(walks), static_cast<int32_t>(steps), static_cast<int>(k),
       dist2.mutable_data_ptr<float>(), idx.mutable_data_ptr<int64_t>());
