@@ -3,7 +3,10 @@
 Each op is one file: contract, wrapper, plain-torch reference, schema, fake kernel, gradient. The compiled kernels in
 reid3d/_C.so (CPU) and reid3d/_C_cuda.so replace the references on their device; REID3D_NO_EXTENSION=1 in the
 environment leaves them out. The references round float32 distances almost always as the kernels do
-(`knn.squared_distances`).
+(`knn.squared_distances`). `reid3d.ops.pyg` has the same on the flat batches of PyG.
+
+The CPU kernels are compiled for AVX-512, for AVX2 and for any machine, and the processor decides which run;
+REID3D_ISA=avx512, avx2 or portable in the environment does where the processor can. All give the same bits.
 """
 
 import os
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from . import pyg
 from .ball_query import ball_query, ball_query_reference
 from .edge_pool import EdgePool, edge_pool, edge_pool_reference
 from .fps import farthest_point_sample, farthest_point_sample_reference
@@ -36,6 +40,7 @@ __all__ = [
     "knn_reference",
     "morton_order",
     "morton_order_reference",
+    "pyg",
     "transpose_graph",
     "transpose_graph_reference",
 ]
