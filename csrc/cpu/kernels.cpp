@@ -3,7 +3,9 @@
 #include "kernels.h"
 
 #include "ball_query.h"
+#include "edge_pool.h"
 #include "fps.h"
+#include "group_max.h"
 #include "knn.h"
 
 #define REID3D_TEXT_(name) #name
@@ -14,7 +16,13 @@ namespace reid3d::REID3D_ISA {
 template <typename T>
 constexpr PointKernels<T> kPointKernels = {morton_order<T>, build<T>, knn<T>, pack<T>, knn_rows<T>, fps<T>, ball_query<T>};
 
+template <typename T, typename S>
+constexpr SlotKernels<T, S> kSlotKernels = {group_max<T, S>, edge_pool<T, S>, add_at_winners<T, S>};
+template <typename T>
+constexpr PoolKernels<T> kPoolKernels = {kSlotKernels<T, uint8_t>, kSlotKernels<T, int16_t>, add_edges<T>};
+
 extern const Kernels kernels;
-const Kernels kernels = {REID3D_TEXT(REID3D_ISA), kPointKernels<float>, kPointKernels<double>};
+const Kernels kernels = {REID3D_TEXT(REID3D_ISA), kPointKernels<float>, kPointKernels<double>, kPoolKernels<float>,
+                         kPoolKernels<double>,    kPoolKernels<Half>,   kPoolKernels<BFloat16>};
 
 }  // namespace reid3d::REID3D_ISA

@@ -29,12 +29,76 @@ struct PointKernels {
   int64_t (*ball_query)(const T* center, const T* panels, int64_t n, T radius2, int64_t k, int64_t* idx);
 };
 
+// What the kernels know of torch's half types.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// In which rows of features are compared and summed.
+template <typename T>
+struct Widened {
+  using type = float;
+};
+template <>
+struct Widened<double> {
+  using type = double;
+};
+template <typename T>
+using Wide = typename Widened<T>::type;
+
+// Clouds of n rows of c channels, m groups of k rows in each.
+struct GroupShape {
+  int64_t n, m, k, c;
+};
+
+// Where edge_pool writes (B,m,c).
+template <typename T, typename S>
+struct PooledEdges {
+  T *max, *min;
+  Wide<T>*sum, *sumsq;
+  S *max_slot, *min_slot;
+};
+
+// Rows of T, slots of S.
+template <typename T, typename S>
+struct SlotKernels {
+  // Groups [begin, end) of all clouds; false where an index is out of range.
+  bool (*group_max)(const T* feats, const int64_t* idx, GroupShape size, int64_t begin, int64_t end, T* out, S* slot);
+  bool (*edge_pool)(const T* feats, const int64_t* idx, GroupShape size, int64_t begin, int64_t end,
+                    const PooledEdges<T, S>& out);
+  // out (n,c) = or += grad (m,c) of one cloud at the rows that won, `count` <= 16 channels; `sum` is scratch of 16 n.
+  void (*add_at_winners)(const T* grad, const int64_t* idx, const S* slot, GroupShape size, int64_t count, bool add,
+                         Wide<T>* sum, Wide<T>* out);
+};
+
+template <typename T>
+struct PoolKernels {
+  SlotKernels<T, uint8_t> bytes;
+  SlotKernels<T, int16_t> shorts;
+  // Rows [begin, end) of out (n,c), of one cloud, += the gradients (m,c) of sum and sum of squares of the edges into them.
+  void (*add_edges)(const Wide<T>* grad_sum, const Wide<T>* grad_sumsq, const T* feats, const int32_t* offsets,
+                    const int32_t* edges, GroupShape size, int64_t begin, int64_t end, Wide<T>* out);
+  const SlotKernels<T, uint8_t>& of(uint8_t) const { return bytes; }
+  const SlotKernels<T, int16_t>& of(int16_t) const { return shorts; }
+};
+
 struct Kernels {
   const char* isa;
   PointKernels<float> f;
   PointKernels<double> d;
+  PoolKernels<float> pool_f;
+  PoolKernels<double> pool_d;
+  PoolKernels<Half> pool_h;
+  PoolKernels<BFloat16> pool_b;
   const PointKernels<float>& of(float) const { return f; }
   const PointKernels<double>& of(double) const { return d; }
+  const PoolKernels<float>& pool(float) const { return pool_f; }
+  const PoolKernels<double>& pool(double) const { return pool_d; }
+  const PoolKernels<Half>& pool(Half) const { return pool_h; }
+  const PoolKernels<BFloat16>& pool(BFloat16) const { return pool_b; }
 };
 
 // The kernels of this processor.

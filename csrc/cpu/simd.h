@@ -1,5 +1,6 @@
-// Vectors of 16 numbers, in the instruction set that the file is compiled for: AVX-512, AVX2, or none, where plain loops
-// are left to the compiler. All give the same bits: no operation is fused or reordered but add_square (../rounding.h).
+// Vectors of 16 numbers, in the instruction set that the file is compiled for: AVX-512, AVX2, or any, by the vectors of
+// the compiler, which also serve all types but float and int32. All give the same bits: no operation is fused or
+// reordered but add_square (../rounding.h).
 //
 // min(a, b) and max(a, b) are b where either is NaN; every comparison with a NaN is false.
 #pragma once
@@ -15,48 +16,75 @@
 #endif
 
 #define REID3D_INLINE inline __attribute__((always_inline))
+// Before a short loop over an array of vectors: only where it is unrolled are they registers.
+#define REID3D_UNROLL _Pragma("GCC unroll 8")
 
 namespace reid3d::REID3D_ISA {
 
 constexpr int kLanes = 16;
 
 // ---- any type, any machine
+// In parts as wide as the registers: the compiler computes wider ones number by number. A lane of a mask is 0 or -1.
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+template <typename T>
+struct MaskLane {
+  using type = int32_t;
+};
+template <>
+struct MaskLane<double> {
+  using type = int64_t;
+};
+template <>
+struct MaskLane<int64_t> {
+  using type = int64_t;
+};
+
 template <typename T>
 struct Mask {
-  bool v[kLanes];
+  typedef typename MaskLane<T>::type Part __attribute__((vector_size(kBytes)));
+  static constexpr int kPart = kBytes / sizeof(T), kParts = kLanes / kPart;
+  Part v[kParts];
 };
 
 template <typename T>
 struct Vec {
-  T v[kLanes];
+  typedef T Part __attribute__((vector_size(kBytes)));
+  static constexpr int kPart = kBytes / sizeof(T), kParts = kLanes / kPart;
+  Part v[kParts];
   static REID3D_INLINE Vec load(const T* p) {
     Vec r;
-    for (int i = 0; i < kLanes; ++i) r.v[i] = p[i];
+    REID3D_UNROLL for (int i = 0; i < kParts; ++i) std::memcpy(&r.v[i], p + i * kPart, kBytes);
     return r;
   }
   static REID3D_INLINE Vec all(T x) {
     Vec r;
-    for (int i = 0; i < kLanes; ++i) r.v[i] = x;
+    REID3D_UNROLL for (int i = 0; i < kParts; ++i) r.v[i] = x - Part{};
     return r;
   }
   REID3D_INLINE void store(T* p) const {
-    for (int i = 0; i < kLanes; ++i) p[i] = v[i];
+    REID3D_UNROLL for (int i = 0; i < kParts; ++i) std::memcpy(p + i * kPart, &v[i], kBytes);
   }
 };
 
-#define REID3D_LANES(R, name, A, B, expression)                      \
-  template <typename T>                                              \
-  REID3D_INLINE R<T> name(const A<T>& a, const B<T>& b) {            \
-    R<T> r;                                                          \
-    for (int i = 0; i < kLanes; ++i) r.v[i] = expression;            \
-    return r;                                                        \
+#define REID3D_LANES(R, name, A, B, expression)                               \
+  template <typename T>                                                       \
+  REID3D_INLINE R<T> name(const A<T>& a, const B<T>& b) {                     \
+    R<T> r;                                                                   \
+    REID3D_UNROLL for (int i = 0; i < R<T>::kParts; ++i) r.v[i] = expression; \
+    return r;                                                                 \
   }
 REID3D_LANES(Vec, operator-, Vec, Vec, a.v[i] - b.v[i])
 REID3D_LANES(Vec, operator+, Vec, Vec, a.v[i] + b.v[i])
 REID3D_LANES(Vec, operator*, Vec, Vec, a.v[i] * b.v[i])
 REID3D_LANES(Vec, min, Vec, Vec, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
 REID3D_LANES(Vec, max, Vec, Vec, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
-REID3D_LANES(Vec, add_square, Vec, Vec, reid3d::add_square(a.v[i], b.v[i]))  // a + b * b
 REID3D_LANES(Mask, operator<, Vec, Vec, a.v[i] < b.v[i])
 REID3D_LANES(Mask, operator<=, Vec, Vec, a.v[i] <= b.v[i])
 REID3D_LANES(Mask, operator==, Vec, Vec, a.v[i] == b.v[i])
@@ -65,11 +93,25 @@ REID3D_LANES(Mask, operator&, Mask, Mask, a.v[i] & b.v[i])
 REID3D_LANES(Mask, operator|, Mask, Mask, a.v[i] | b.v[i])
 #undef REID3D_LANES
 
+template <typename T>
+REID3D_INLINE Vec<T> add_square(const Vec<T>& a, const Vec<T>& b) {  // a + b * b
+  T sum[kLanes], difference[kLanes];
+  a.store(sum);
+  b.store(difference);
+  for (int i = 0; i < kLanes; ++i) sum[i] = reid3d::add_square(sum[i], difference[i]);
+  return Vec<T>::load(sum);
+}
+REID3D_INLINE Vec<double> add_square(const Vec<double>& a, const Vec<double>& b) { return a + b * b; }
+
 // Bit i is lane i.
 template <typename T>
 REID3D_INLINE uint32_t bits(const Mask<T>& m) {
+  constexpr int part = Mask<T>::kPart;
+  typename Mask<T>::Part bit = {}, set = {};
+  for (int i = 0; i < part; ++i) bit[i] = 1 << i;
+  REID3D_UNROLL for (int i = 0; i < Mask<T>::kParts; ++i) set |= m.v[i] & (bit << (i * part));
   uint32_t r = 0;
-  for (int i = 0; i < kLanes; ++i) r |= static_cast<uint32_t>(m.v[i]) << i;
+  for (int i = 0; i < part; ++i) r |= static_cast<uint32_t>(set[i]);
   return r;
 }
 
@@ -77,39 +119,45 @@ REID3D_INLINE uint32_t bits(const Mask<T>& m) {
 template <typename T, typename U>
 REID3D_INLINE Vec<T> where(const Mask<U>& m, const Vec<T>& a, const Vec<T>& b) {
   Vec<T> r;
-  for (int i = 0; i < kLanes; ++i) r.v[i] = m.v[i] ? a.v[i] : b.v[i];
+  REID3D_UNROLL for (int i = 0; i < Vec<T>::kParts; ++i) r.v[i] = m.v[i] ? a.v[i] : b.v[i];
   return r;
 }
 
 // The lanes of m, one after the other; up to 16 values are written, whatever follows them is overwritten.
 template <typename T, typename U>
 REID3D_INLINE void compress(const Mask<U>& m, const Vec<T>& a, T* out) {
+  T lane[kLanes];
+  a.store(lane);
+  const uint32_t set = bits(m);
   int count = 0;
   for (int i = 0; i < kLanes; ++i) {
-    out[count] = a.v[i];
-    count += m.v[i];
+    out[count] = lane[i];
+    count += set >> i & 1;
   }
 }
 
 // Vec with one lane changed. Written so, and not through memory, the whole can be loaded again without waiting.
 template <typename T>
 REID3D_INLINE Vec<T> with_lane(Vec<T> a, int lane, T x) {
-  a.v[lane] = x;
+  constexpr int part = Vec<T>::kPart;
+  a.v[lane / part][lane % part] = x;
   return a;
 }
 
 template <typename T>
 REID3D_INLINE T reduce_max(const Vec<T>& a) {
-  T r = a.v[0];
-  for (int i = 1; i < kLanes; ++i) r = r > a.v[i] ? r : a.v[i];
-  return r;
+  T lane[kLanes];
+  a.store(lane);
+  for (int i = 1; i < kLanes; ++i) lane[0] = lane[0] > lane[i] ? lane[0] : lane[i];
+  return lane[0];
 }
 
 template <typename T>
 REID3D_INLINE T reduce_min(const Vec<T>& a) {
-  T r = a.v[0];
-  for (int i = 1; i < kLanes; ++i) r = r < a.v[i] ? r : a.v[i];
-  return r;
+  T lane[kLanes];
+  a.store(lane);
+  for (int i = 1; i < kLanes; ++i) lane[0] = lane[0] < lane[i] ? lane[0] : lane[i];
+  return lane[0];
 }
 
 #if defined(__AVX512F__)
@@ -148,8 +196,8 @@ REID3D_INLINE Lanes operator<(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a
 REID3D_INLINE Lanes operator<=(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
 REID3D_INLINE Lanes operator==(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 REID3D_INLINE Lanes unordered(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q)}; }
-REID3D_INLINE Lanes operator&(Lanes a, Lanes b) { return {static_cast<__mmask16>(a.m & b.m)}; }
-REID3D_INLINE Lanes operator|(Lanes a, Lanes b) { return {static_cast<__mmask16>(a.m | b.m)}; }
+REID3D_INLINE Lanes operator&(Lanes a, Lanes b) { return {_mm512_kand(a.m, b.m)}; }
+REID3D_INLINE Lanes operator|(Lanes a, Lanes b) { return {_mm512_kor(a.m, b.m)}; }
 REID3D_INLINE uint32_t bits(Lanes m) { return m.m; }
 REID3D_INLINE Floats where(Lanes m, Floats a, Floats b) { return {_mm512_mask_mov_ps(b.v, m.m, a.v)}; }
 REID3D_INLINE Ints where(Lanes m, Ints a, Ints b) { return {_mm512_mask_mov_epi32(b.v, m.m, a.v)}; }
