@@ -15,7 +15,7 @@ struct Results {
 };
 
 template <int V, typename T, typename Slot>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, 2)
     edge_pool_kernel(const T* feats, const int64_t* idx, int64_t total_rows, int64_t M, int64_t N, int64_t C, int32_t K,
                      int width, int rows, Results<T, Slot> out) {
   const PoolThread thread(width, rows, total_rows, C, V);
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kPoolThreads)
 }
 
 template <int V, typename T, typename Slot>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, 2)
     edge_pool_backward_kernel(EdgeGradient<V, T, Slot> gradient, const T* feats, const int32_t* offsets,
                               const int32_t* edges, int64_t total_rows, int64_t M, int64_t n, int64_t C, Divisor K,
                               int width, int rows, T* out) {

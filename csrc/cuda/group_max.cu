@@ -7,7 +7,7 @@ namespace reid3d {
 namespace {
 
 template <int V, typename T, typename Slot>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, 2)
     group_max_kernel(const T* feats, const int64_t* idx, int64_t total_rows, int64_t M, int64_t N, int64_t C, int32_t K,
                      int width, int rows, T* out, Slot* slot) {
   const PoolThread thread(width, rows, total_rows, C, V);
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kPoolThreads)
 
 // A row of the gradient is written once, by the threads of its channels: no zeros, no atomics, one order of summation.
 template <int V, typename T, typename Slot>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, 2)
     group_max_backward_kernel(const T* grad, const Slot* slot, const int32_t* offsets, const int32_t* edges,
                               int64_t total_rows, int64_t M, int64_t n, int64_t C, Divisor K, int width, int rows, T* out) {
   const PoolThread thread(width, rows, total_rows, C, V);
