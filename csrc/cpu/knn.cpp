@@ -10,14 +10,16 @@ namespace {
 constexpr int64_t kChunk = 256;             // queries along the curve that a thread takes at a time
 constexpr int64_t kBlockBytes = 192 << 10;  // of distances, which should stay in the cache
 
-// f(b, begin, end) for pieces of at most `chunk` of the M rows of B clouds.
+// f(b, begin, end, scratch) for pieces of at most `chunk` of the M rows of B clouds. The scratch is taken once a thread:
+// giving memory of this size back to the system stops all threads.
 template <typename F>
-void for_rows(int64_t B, int64_t M, int64_t chunk, F&& f) {
+void for_rows(int64_t B, int64_t M, int64_t chunk, int64_t scratch_bytes, F&& f) {
   const int64_t chunks = (M + chunk - 1) / chunk;
   torch::stable::parallel_for(0, B * chunks, 1, [&](int64_t first, int64_t last) {
+    const Scratch<char> scratch(scratch_bytes);
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = i % chunks * chunk;
-      f(i / chunks, begin, std::min(begin + chunk, M));
+      f(i / chunks, begin, std::min(begin + chunk, M), scratch.get());
     }
   });
 }
@@ -30,11 +32,10 @@ void in_space(const Tensor& query, const Tensor& points, const std::optional<Ten
   const bool self = query.const_data_ptr<T>() == points.const_data_ptr<T>() && M == n;
   std::optional<Forest<T>> other;
   if (!self) other.emplace(query, std::nullopt);
-  for_rows(B, M, kChunk, [&](int64_t b, int64_t begin, int64_t end) {
-    const Scratch<char> scratch(knn_scratch(n, k));
+  for_rows(B, M, kChunk, knn_scratch(n, k), [&](int64_t b, int64_t begin, int64_t end, char* scratch) {
     const size_t at = static_cast<size_t>(b);
     const Tree<T>& queries = self ? forest.trees[at] : other->trees[at];
-    kernels().of(T()).knn(queries, begin, end, forest.trees[at], k, scratch.get(), dist2 + b * M * k, idx + b * M * k);
+    kernels().of(T()).knn(queries, begin, end, forest.trees[at], k, scratch, dist2 + b * M * k, idx + b * M * k);
   });
 }
 
@@ -49,12 +50,11 @@ void by_blocks(const Tensor& query, const Tensor& points, int64_t k, T* dist2, i
     for (int64_t b = begin; b < end; ++b)
       kernels().of(T()).pack(p + b * n * dims, n, dims, panels.get() + b * stride * dims);
   });
-  for_rows(B, M, chunk, [&](int64_t b, int64_t begin, int64_t end) {
-    const Scratch<char> scratch(knn_scratch(n, k));
-    const Scratch<T> distances((end - begin) * stride);
+  const int64_t block = chunk * stride * static_cast<int64_t>(sizeof(T));
+  for_rows(B, M, chunk, block + knn_scratch(n, k), [&](int64_t b, int64_t begin, int64_t end, char* scratch) {
     const int64_t row = b * M + begin;
     kernels().of(T()).knn_rows(q + row * dims, end - begin, panels.get() + b * stride * dims, n, dims, k,
-                               distances.get(), scratch.get(), dist2 + row * k, idx + row * k);
+                               reinterpret_cast<T*>(scratch), scratch + block, dist2 + row * k, idx + row * k);
   });
 }
 

@@ -76,7 +76,7 @@ def _smallest(dist2: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k smallest of the last dimension in ascending order, equal values in index order."""
     if dist2.dtype == torch.float64:
         values, idx = dist2.sort(stable=True)
-        return values[..., :k], idx[..., :k]
+        return values[..., :k].clone(), idx[..., :k].clone()  # no view that keeps all the others in memory
     # Bits of non-negative floats order as the floats do. With the index below them no two keys are equal, so that topk,
     # which leaves the order of equal values open, has no choice.
     key = dist2.view(torch.int32).long().bitwise_left_shift_(32)

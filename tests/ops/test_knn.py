@@ -131,11 +131,13 @@ def test_many_at_one_distance(k, dims, dtype, device, rng):
     assert torch.equal(result.idx, expected[1]) and torch.equal(result.dist2, expected[0])
 
 
-def test_deep_trees(device, rng):
-    points = torch.tensor(rng.random((1, 70000, 3)), dtype=torch.float32, device=device)
+@pytest.mark.parametrize("n", [5000, 70000])
+def test_deep_trees(n, device, rng):
+    points = torch.tensor(rng.random((1, n, 3)), dtype=torch.float32, device=device)
     result, expected = knn(points[:, :40], points, 20), knn_reference(points[:, :40], points, 20)
     assert torch.equal(result.idx, expected[1]) and torch.equal(result.dist2, expected[0])
-    assert torch.equal(knn(points, points, 20).idx[:, :40], expected[1])
+    if backend() != "torch":  # which would take minutes, and is what it is compared with
+        assert torch.equal(knn(points, points, 20).idx[:, :40], expected[1])
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
