@@ -68,6 +68,7 @@ def knn(
     _check_same("x", x, "y", y)
     k = check_int("k", k, 1)
     sizes = _paired_sizes(x, y, batch_x, batch_y, batch_size)
+    k = min(k, _most(sizes[0]))
     if cosine:
         x, y = _directions(x), _directions(y)
     return _edges(_nearest(x, y, k, *sizes), full=all(n >= k or m == 0 for n, m in zip(*sizes, strict=True)))
@@ -111,7 +112,7 @@ def knn_graph(
     sizes = _sizes("batch", batch, "x", x, batch_size)
     if cosine:
         x = _directions(x)
-    searched = k if loop else k + 1
+    searched = min(k, _most(sizes)) + (not loop)
     found = _nearest(x, x, searched, sizes, sizes)
     edges = _edges(found if loop else _without_self(found), full=all(n >= searched or n == 0 for n in sizes))
     return edges.flip(0) if flow == "source_to_target" else edges
@@ -156,7 +157,7 @@ def radius(
         raise ValueError(f"r must be greater than 0, got {r}")
     k = check_int("max_num_neighbors", max_num_neighbors, 1)
     sizes = _paired_sizes(x, y, batch_x, batch_y, batch_size)
-    found = _within(x, y, float(r), k + 1 if ignore_same_index else k, *sizes)
+    found = _within(x, y, float(r), min(k, _most(sizes[0])) + ignore_same_index, *sizes)
     return _edges(_without_self(found) if ignore_same_index else found, full=False)
 
 
@@ -295,13 +296,14 @@ def _sizes(name: str, batch: Tensor | None, of: str, x: Tensor, batch_size: int 
         raise ValueError(f"{name} must be on the device of {of}, {x.device}, got {batch.device}")
     if N == 0:
         return [0] * (clouds or 0)
+    batch = batch.long()  # of a small type not every number of a cloud might fit
     first, last, ordered = torch.stack([batch[0], batch[-1], (batch[1:] >= batch[:-1]).all()]).tolist()
     if not ordered:
         raise ValueError(f"{name} must be sorted")
     if first < 0 or (clouds is not None and last >= clouds):
         rule = "not be negative" if first < 0 else f"be below batch_size = {clouds}"
         raise ValueError(f"{name} must {rule}, got {first if first < 0 else last}")
-    ends = torch.searchsorted(batch, torch.arange(clouds or last + 1, device=x.device, dtype=batch.dtype), right=True)
+    ends = torch.searchsorted(batch, torch.arange(clouds or last + 1, device=x.device), right=True)
     return _differences([0, *ends.tolist()])
 
 
@@ -322,6 +324,8 @@ def _sizes_of_ptr(ptr: Tensor | Sequence[int], n: int) -> list[int]:
     """Number of points of every cloud, from their boundaries."""
     if isinstance(ptr, Tensor) and (ptr.dim() != 1 or ptr.is_floating_point()):
         raise ValueError(f"ptr must be one row of integers, got {ptr.dtype} of shape {tuple(ptr.shape)}")
+    if not isinstance(ptr, (Tensor, Sequence)):
+        raise TypeError(f"ptr must be a tensor or a list of integers, got {type(ptr).__name__}")
     bounds = [check_int("ptr", bound, 0) for bound in (ptr.tolist() if isinstance(ptr, Tensor) else ptr)]
     if not bounds or bounds[0] != 0 or bounds[-1] != n or bounds != sorted(bounds):
         raise ValueError(f"ptr must ascend from 0 to {n}, the number of points, got {bounds}")
@@ -330,6 +334,11 @@ def _sizes_of_ptr(ptr: Tensor | Sequence[int], n: int) -> list[int]:
 
 def _differences(bounds: list[int]) -> list[int]:
     return [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def _most(sizes: list[int]) -> int:
+    """Neighbours a point can have at most: no more room is made for them, however many are asked for."""
+    return max(sizes, default=0) or 1
 
 
 def _begins(sizes: list[int]) -> list[int]:
@@ -377,7 +386,10 @@ def _search(op, x: Tensor, y: Tensor, k: int, sizes_x: list[int], sizes_y: list[
         if n == 0 or m == 0:
             rows = x.new_full((len(members), m, k), -1, dtype=torch.int64)
         else:
-            idx = op(torch.stack([clouds[b] for b in members]), torch.stack([queries[b] for b in members]))
+            points = torch.stack([clouds[b] for b in members])
+            # One tensor where it is the cloud's own graph, for which the search of neighbours has shorter ways.
+            own = x is y and sizes_x == sizes_y
+            idx = op(points, points if own else torch.stack([queries[b] for b in members]))
             begin = torch.tensor([begins[b] for b in members], device=x.device).view(-1, 1, 1)
             rows = F.pad(torch.where(idx < 0, idx, idx + begin), (0, k - idx.shape[2]), value=-1)
         for b, row in zip(members, rows, strict=True):
@@ -409,7 +421,7 @@ def _directions(x: Tensor) -> Tensor:
 
 def _shares(ratio: float | Tensor | None, sizes: list[int]) -> list[int]:
     """How many points of every cloud to pick."""
-    if isinstance(ratio, Tensor):
+    if isinstance(ratio, Tensor) and not (ratio.is_complex() or ratio.dtype == torch.bool):
         if ratio.shape not in ((), (1,), (len(sizes),)):
             raise ValueError(
                 f"ratio must hold one number, or one for each of {len(sizes)} clouds, got {list(ratio.shape)}"
@@ -418,7 +430,7 @@ def _shares(ratio: float | Tensor | None, sizes: list[int]) -> list[int]:
     elif ratio is None or (isinstance(ratio, Real) and not isinstance(ratio, bool)):
         share = torch.tensor(0.5 if ratio is None else float(ratio))
     else:
-        raise TypeError(f"ratio must be a float or a tensor, got {type(ratio).__name__}")
+        raise TypeError(f"ratio must be a float or a tensor, got {getattr(ratio, 'dtype', type(ratio).__name__)}")
     if not ((share >= 0) & (share <= 1)).all():
         raise ValueError(f"ratio must be between 0 and 1, got {share.tolist()}")
     return (torch.tensor(sizes, dtype=torch.float32) * share).ceil().long().tolist()

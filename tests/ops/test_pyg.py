@@ -269,6 +269,26 @@ def test_a_training_step_of_a_graph_convolution(device, rng):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_no_limit_takes_no_memory(device, rng):
+    x, batch, _ = flat("random", (7, 1, 5), rng)
+    x, batch, most = x.to(device), batch.to(device), 2**62
+    y = x[batch == 2] + 0.01
+    in_y = torch.full((5,), 2, device=device)
+    for loop in (False, True):
+        assert torch.equal(knn_graph(x, most, batch, loop), knn_graph(x, 7, batch, loop))
+        assert torch.equal(radius_graph(x, 9.0, batch, loop, most), radius_graph(x, 9.0, batch, loop, 7))
+    assert torch.equal(knn(x, y, most, batch, in_y), knn(x, y, 5, batch, in_y))
+    found = radius(x, y, 9.0, batch, in_y, most, ignore_same_index=True)  # y[0] has another index in x
+    assert torch.equal(found, radius(x, y, 9.0, batch, in_y, 5)) and found.shape == (2, 25)
+
+
+@pytest.mark.parametrize("small", [torch.uint8, torch.int8, torch.uint16, torch.int32])
+def test_batches_of_any_integers(small, device, rng):
+    x, batch, _ = flat("random", (4, 0, 6), rng)
+    x, batch = x.to(device), batch.to(device)
+    assert torch.equal(knn_graph(x, 2, batch.to(small), batch_size=300), knn_graph(x, 2, batch))
+
+
 def test_points_that_require_grad(device, rng):
     x = cloud("random", 30, rng)[0].to(device).requires_grad_()
     assert not any(found.requires_grad for found in (knn_graph(x, 3), radius_graph(x, 0.4), fps(x)))
@@ -309,6 +329,12 @@ BATCH = torch.tensor([0, 0, 1, 1])
             "flow must be source_to_target or target_to_source, got None",
         ),
         (lambda: knn(X, X.double(), 1), TypeError, "x and y must have one dtype, got torch.float32 and torch.float64"),
+        (lambda: knn(X, X.to("meta"), 1), ValueError, "x and y must be on one device, got cpu and meta"),
+        (
+            lambda: fps(X, BATCH.to("meta")),
+            ValueError,
+            "batch must be on the device of x, cpu, got meta",
+        ),
         (lambda: knn(X, X[:, :2], 1), ValueError, "x and y must agree in D, got 3 and 2"),
         (lambda: knn(X, X, 1, BATCH), ValueError, "batch_y must be given where there are several clouds, got None"),
         (lambda: radius(X, X, "1"), TypeError, "r must be a float, got str"),
@@ -317,6 +343,8 @@ BATCH = torch.tensor([0, 0, 1, 1])
         (lambda: fps(X, ratio=1.5), ValueError, "ratio must be between 0 and 1, got 1.5"),
         (lambda: fps(X, ratio=torch.nan), ValueError, "ratio must be between 0 and 1, got nan"),
         (lambda: fps(X, ratio="half"), TypeError, "ratio must be a float or a tensor, got str"),
+        (lambda: fps(X, ratio=torch.tensor(1j)), TypeError, "ratio must be a float or a tensor, got torch.complex64"),
+        (lambda: fps(X, ptr=4), TypeError, "ptr must be a tensor or a list of integers, got int"),
         (
             lambda: fps(X, BATCH, torch.ones(3)),
             ValueError,
