@@ -9,15 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
-
-if TYPE_CHECKING:
-    pass
 
 JSON_HELP = "write the figures as JSON too"
 
@@ -116,8 +115,9 @@ def _parser() -> _Parser:
 
     bench = command("bench", "time the ops beside what else computes the same")
     bench.add_argument("suite", metavar="SUITE", choices=("kernels",), help="what to time: kernels")
-    bench.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
-    _number(bench, "--threads", 1, "threads on the CPU")
+    device_help = "cpu, cuda, cuda:1 (default: %(default)s)"
+    bench.add_argument("--device", type=_cpu_or_cuda, default="cpu", help=device_help)
+    _number(bench, "--threads", 1, "threads on the CPU", most=1024)
     seconds_help = "time for each way to compute each case (default: %(default)s)"
     bench.add_argument("--seconds", metavar="S", type=_seconds, default=1.0, help=seconds_help)
     bench.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
@@ -140,6 +140,12 @@ def _number(
 
     help += "" if default is None else " (default: %(default)s)"
     parser.add_argument(flag, metavar="N", type=number, default=default, help=help)
+
+
+def _cpu_or_cuda(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
+    return text
 
 
 def _seconds(text: str) -> float:
@@ -292,17 +298,23 @@ def _doctor(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from .bench import run
 
-    figures = run(options.device, options.threads, options.seconds)
+    def measure() -> dict[str, Any]:
+        return run(options.device, options.threads, options.seconds, say=partial(print, flush=True))
+
     if options.json:
-        _write_json(options.json, figures)
+        _write_json(options.json, measure)
+    else:
+        measure()
 
 
-def _write_json(path: Path, figures: dict[str, Any]) -> None:
+def _write_json(path: Path, figures: dict[str, Any] | Callable[[], dict[str, Any]]) -> None:
+    """Figures that take long are called for, when it is clear that the file can be written."""
     from .io import atomic_write
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
-        file.write(json.dumps(figures, indent=2).encode() + b"\n")
+        found = figures() if callable(figures) else figures
+        file.write(json.dumps(found, indent=2).encode() + b"\n")
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
