@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .kernels import cases
 from .table import heading, rows, summary
 from .timing import measure, one_line
 
-PEERS = {  # distribution: module
+PEERS = {  # distribution: module. The extra [peers] brings all but pytorch3d, which PyPI has no build of.
     "fpsample": "fpsample",
     "pykeops": "pykeops.torch",
     "pytorch3d": "pytorch3d.ops",
@@ -53,10 +54,12 @@ def run(device: str = "cpu", threads: int = 1, seconds: float = 1.0, say: Callab
         for line in heading(about, absent):
             say(line)
         results = []
-        for case in cases(where, peers, threads):
-            results.append(measure(case, seconds, where))
-            for line in rows(results[-1]):
-                say(line)
+        # Events and the queues of libraries are those of the current device.
+        with torch.cuda.device(where) if where.type == "cuda" else nullcontext():
+            for case in cases(where, peers, threads):
+                results.append(measure(case, seconds, where))
+                for line in rows(results[-1]):
+                    say(line)
         for line in summary(results):
             say(line)
     finally:
@@ -91,15 +94,26 @@ def environment(device: str, threads: int, seconds: float, peers: dict[str, Any]
         "threads": threads,
         "seconds": seconds,
         **{key: str(about[key]) if key == "torch" else about.get(key) for key in keys},
-        "peers": {name: importlib.metadata.version(name) if name in peers else None for name in PEERS},
+        "peers": {name: _version(name) if name in peers else None for name in PEERS},
     }
 
 
-def _commit() -> str:
-    """Of the source tree the package was imported from."""
-    command = ["git", "describe", "--always", "--dirty"]
+def _version(name: str) -> str:
     try:
-        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # used from where it was built
+        return "unknown"
+
+
+def _commit() -> str:
+    """Of the source tree the package was imported from; no tree that merely has it somewhere below."""
+    here = Path(__file__)
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True)
+
+    try:
+        known = git("ls-files", "--error-unmatch", here.name).returncode == 0
+        return (git("describe", "--always", "--dirty").stdout.strip() if known else "") or "unknown"
     except OSError:
         return "unknown"
-    return git.stdout.strip() or "unknown"

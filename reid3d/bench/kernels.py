@@ -1,6 +1,6 @@
 """What `reid3d bench kernels` measures: each op on clouds of OG-Net's sizes, ours, plain torch and other libraries."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,8 +53,20 @@ def features(xyz: Tensor, channels: int, seed: int = 1) -> Tensor:
 
 
 def _rows(idx: Tensor, n: int) -> Tensor:
-    """Indices (B,M,K) into clouds of n points as indices into all of them."""
-    return idx + n * torch.arange(idx.shape[0], device=idx.device).view(-1, 1, 1)
+    """Indices (B,M,K) into clouds of n points as indices (B*M,K) into all of them."""
+    return (idx + n * torch.arange(idx.shape[0], device=idx.device).view(-1, 1, 1)).flatten(0, 1)
+
+
+def _select(idx: Tensor, n: int) -> Callable[[Tensor], Tensor]:
+    """Neighbours (B,M,K,C) in plain torch, the fastest way."""
+    rows = _rows(idx, n).flatten()
+    return lambda x: x.flatten(0, 1).index_select(0, rows).view(*idx.shape, -1)
+
+
+def _bag(idx: Tensor, n: int) -> Callable[[Tensor, str], Tensor]:
+    """Neighbours pooled to (B,M,C) by embedding_bag, the one way of plain torch that never stores all of them."""
+    rows = _rows(idx, n)
+    return lambda x, mode: F.embedding_bag(rows, x.flatten(0, 1), mode=mode).view(*idx.shape[:2], -1)
 
 
 def _distances(query: Tensor, points: Tensor) -> Tensor:
@@ -65,12 +77,12 @@ def _distances(query: Tensor, points: Tensor) -> Tensor:
 
 def _recall(dist2: Tensor, k: int) -> Callable[[Tensor], float]:
     """The share of neighbours that are among the k nearest, equally near ones included."""
-    farthest = dist2.kthvalue(k, dim=2, keepdim=True).values
+    near = dist2 <= dist2.kthvalue(k, dim=2, keepdim=True).values * (1 + 1e-12)
 
     def agrees(idx: Tensor) -> float:
-        idx = idx.to(dist2.device).sort(2).values
+        idx = idx.to(near.device).sort(2).values
         fresh = F.pad(idx.diff(dim=2) != 0, (1, 0), value=True)
-        return float(((dist2.gather(2, idx) <= farthest * (1 + 1e-12)) & fresh).sum() / farthest.numel() / k)
+        return float((near.gather(2, idx) & fresh).double().sum() / near[..., 0].numel() / k)
 
     return agrees
 
@@ -238,6 +250,20 @@ def ball_case(centers: Tensor, points: Tensor, radius: float, k: int, peers: dic
     first = torch.where(inside, torch.arange(N, device=points.device), N).topk(min(k, N), largest=False).values
     expected = torch.where(first == N, first[..., :1], first)
     right = _equal(expected, per_row=True)
+    most = inside.sum(2).clamp(max=k).flatten()
+
+    def in_reach(edges: Tensor) -> float:
+        """The share of centres with as many points as there should be, whichever those in reach are."""
+        y, x = edges.unique(dim=1)
+        found = y[inside.flatten(0, 1)[y, x % N] & (x // N == y // M)]
+        return float(
+            ((found.bincount(minlength=B * M) == most) & (y.bincount(minlength=B * M) == most)).double().mean()
+        )
+
+    def first_of(lists: list[Any]) -> float:
+        rows = [sorted(hits)[:k] for cloud in lists for hits in cloud]
+        return right(torch.tensor([row + row[:1] * (k - len(row)) for row in rows]).view(B, M, k))
+
     case = Case("ball_query", f"body {B} x {M} in {N}, {radius} m, k = {k}")
     case.add("reid3d.ops.ball_query", lambda: ops.ball_query(centers, points, radius, k), right, kind="ours")
 
@@ -262,13 +288,18 @@ def ball_case(centers: Tensor, points: Tensor, radius: float, k: int, peers: dic
         in_x, in_y = (torch.arange(B, device=points.device).repeat_interleave(n) for n in (N, M))
         any_k = "any k of those in reach" if points.device.type == "cpu" else ""
         case.add(
-            "torch_cluster.radius", lambda: cluster.radius(x, y, radius, in_x, in_y, k), None, kind="peer", note=any_k
+            "torch_cluster.radius",
+            lambda: cluster.radius(x, y, radius, in_x, in_y, k),
+            in_reach,
+            kind="peer",
+            note=any_k,
         )
     if (scipy := peers.get("scipy")) and points.device.type == "cpu":
         clouds = [(near.numpy(), cloud.numpy()) for near, cloud in zip(centers, points, strict=True)]
         case.add(
             "scipy cKDTree",
             lambda: [scipy.cKDTree(cloud).query_ball_point(near, radius, workers=threads) for near, cloud in clouds],
+            first_of,
             kind="peer",
             note="all in reach, as lists",
         )
@@ -289,15 +320,16 @@ def group_max_case(x: Tensor, idx: Tensor, backward: bool, peers: dict[str, Any]
     B, M, K = idx.shape
     N, C = x.shape[1:]
     each = torch.arange(B, device=x.device).view(-1, 1, 1)
-    flat, wide = _rows(idx, N).flatten(), idx.view(B, M * K, 1).expand(-1, -1, C)
+    select, bag, wide = _select(idx, N), _bag(idx, N), idx.view(B, M * K, 1).expand(-1, -1, C)
     grad = torch.rand(B, M, C, generator=torch.Generator().manual_seed(3)).to(x.device)
     ways: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
         ("ours", "reid3d.ops.group_max", lambda x: ops.group_max(x, idx)),
         ("torch", "x[b, idx].amax", lambda x: x[each, idx].amax(2)),
         ("torch", "x[b, idx].max", lambda x: x[each, idx].max(2).values),
         ("torch", "gather + max", lambda x: x.gather(1, wide).view(B, M, K, C).max(2).values),
-        ("torch", "index_select + amax", lambda x: x.flatten(0, 1).index_select(0, flat).view(B, M, K, C).amax(2)),
-        ("torch", "index_select + max", lambda x: x.flatten(0, 1).index_select(0, flat).view(B, M, K, C).max(2).values),
+        ("torch", "index_select + amax", lambda x: select(x).amax(2)),
+        ("torch", "index_select + max", lambda x: select(x).max(2).values),
+        ("torch", "embedding_bag", lambda x: bag(x, "max")),
     ]
     if backward:
         transposed = ops.transpose_graph(idx, N)
@@ -319,16 +351,23 @@ def group_max_case(x: Tensor, idx: Tensor, backward: bool, peers: dict[str, Any]
     return case
 
 
+def _pools(e: Tensor) -> tuple[Tensor, ...]:
+    """What `edge_pool` gives, of neighbours (B,M,K,C); without a gradient the fastest way of plain torch."""
+    return e.amax(2), e.amin(2), e.sum(2), e.square().sum(2)
+
+
 def edge_pool_case(x: Tensor, idx: Tensor, backward: bool) -> Case:
     B, M, K = idx.shape
     N, C = x.shape[1:]
-    each = torch.arange(B, device=x.device).view(-1, 1, 1)
-    flat = _rows(idx, N).flatten()
+    select, bag = _select(idx, N), _bag(idx, N)
     generator = torch.Generator().manual_seed(3)
     grads = [torch.rand(B, M, C, generator=generator).to(x.device) for _ in range(4)]
 
-    def pools(e: Tensor) -> tuple[Tensor, ...]:
+    def reductions(e: Tensor) -> tuple[Tensor, ...]:
         return e.max(2).values, e.min(2).values, e.sum(2), e.square().sum(2)
+
+    def bags(x: Tensor) -> tuple[Tensor, ...]:
+        return bag(x, "max"), -bag(-x, "max"), bag(x, "sum"), bag(x.square(), "sum")
 
     def both(x: Tensor, way: Callable[[Tensor], Any], grads: list[Tensor]) -> tuple[Tensor, ...]:
         leaf = x.detach().requires_grad_()
@@ -336,20 +375,17 @@ def edge_pool_case(x: Tensor, idx: Tensor, backward: bool) -> Case:
 
     ways: list[tuple[str, str, Callable[[Tensor], Any]]] = [
         ("ours", "reid3d.ops.edge_pool", lambda x: ops.edge_pool(x, idx)),
-        ("torch", "x[b, idx], four reductions", lambda x: pools(x[each, idx])),
-        (
-            "torch",
-            "index_select, four reductions",
-            lambda x: pools(x.flatten(0, 1).index_select(0, flat).view(B, M, K, C)),
-        ),
+        ("torch", "index_select, max, min, sums", lambda x: reductions(select(x))),
+        ("torch", "index_select, amax, amin, sums", lambda x: _pools(select(x))),
+        ("torch", "four times embedding_bag", bags),
     ]
-    exact = pools(x.double()[each, idx])
+    exact = reductions(select(x.double()))
     if backward:
         transposed = ops.transpose_graph(idx, N)
         ways.insert(
             1, ("ours", "the same, graph transposed before", lambda x: ops.edge_pool(x, idx, transposed=transposed))
         )
-        exact = both(x.double(), lambda x: pools(x[each, idx]), [grad.double() for grad in grads])
+        exact = both(x.double(), lambda x: reductions(select(x)), [grad.double() for grad in grads])
     right = _close(*exact)
     case = Case("edge_pool" + " + gradient" * backward, f"{B} x {M} x {K} of {N}, C = {C}")
     for kind, name, way in ways:
@@ -365,36 +401,39 @@ def edge_conv_case(x: Tensor, idx: Tensor) -> Case:
     generator = torch.Generator().manual_seed(4)
     weight = (torch.randn(C, 2 * C, generator=generator) / (2 * C) ** 0.5).to(x.device)
     gamma, beta = (torch.randn(C, generator=generator).to(x.device) for _ in range(2))
-    each = torch.arange(B, device=x.device).view(-1, 1, 1)
+    select = _select(idx, N)
     w_self, w_difference = weight.chunk(2, 1)
 
     @torch.no_grad()
-    def pooled() -> Tensor:
+    def pooled(pool: Callable[[Tensor], Sequence[Tensor]]) -> Tensor:
         own, other = F.linear(x, w_self - w_difference), F.linear(x, w_difference)
-        pool = ops.edge_pool(other, idx)
-        mean = (own * K + pool.sum).mean((0, 1)) / K
-        power = (K * own.square() + 2 * own * pool.sum + pool.sumsq).mean((0, 1)) / K
+        most, least, total, squares = pool(other)
+        mean = (own * K + total).mean((0, 1)) / K
+        power = (K * own.square() + 2 * own * total + squares).mean((0, 1)) / K
         scale = gamma * torch.rsqrt(power - mean.square() + 1e-5)
-        largest = own + torch.where(gamma < 0, pool.min, pool.max)
+        largest = own + torch.where(gamma < 0, least, most)
         return F.leaky_relu(largest * scale + (beta - mean * scale), 0.2)
 
     @torch.no_grad()
     def per_edge(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        near = x[each, idx]
+        near = select(x)
         own = x.unsqueeze(2).expand_as(near)
         e = F.linear(torch.cat([own, near - own], 3), weight).flatten(0, 2)
         return F.leaky_relu(F.batch_norm(e, None, None, gamma, beta, training=True), 0.2).view(B, N, K, C).amax(2)
 
     @torch.no_grad()
     def channels_first() -> Tensor:
-        near = x[each, idx]
+        near = select(x)
         own = x.unsqueeze(2).expand_as(near)
         e = F.conv2d(torch.cat([own, near - own], 3).permute(0, 3, 1, 2), weight[:, :, None, None])
         return F.leaky_relu(F.batch_norm(e, None, None, gamma, beta, training=True), 0.2).amax(3)
 
     right = _close(per_edge(x.double(), weight.double(), gamma.double(), beta.double()))
     case = Case("EdgeConv", f"{B} x {N}, k = {K}, {C} to {C}, forward")
-    case.add("two linear + reid3d.ops.edge_pool", pooled, lambda out: right((out,)), kind="ours")
+    way = partial(pooled, lambda x: ops.edge_pool(x, idx))
+    case.add("two linear + reid3d.ops.edge_pool", way, lambda out: right((out,)), kind="ours")
+    way = partial(pooled, lambda x: _pools(select(x)))
+    case.add("two linear, amax, amin, sums", way, lambda out: right((out,)))
     case.add("per edge, linear", lambda: per_edge(x, weight, gamma, beta), lambda out: right((out,)))
     case.add("per edge, conv2d", channels_first, lambda out: right((out.transpose(1, 2),)))
     return case

@@ -4,8 +4,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-EXTRA = ("fpsample", "pykeops", "scipy", "torch-cluster")  # what the extra [peers] brings
-
 
 def heading(about: dict[str, Any], absent: dict[str, str]) -> Iterator[str]:
     chip = about["cpu"] if about["device"].startswith("cpu") else ", ".join(about["gpus"])
@@ -15,7 +13,7 @@ def heading(about: dict[str, Any], absent: dict[str, str]) -> Iterator[str]:
     yield f"beside: {', '.join(there) or 'plain torch only'}"
     missing = [name for name, why in absent.items() if why == "not installed"]
     if missing:
-        advice = '; pip install --no-build-isolation ".[peers]"' if set(missing) & set(EXTRA) else ""
+        advice = '; pip install --no-build-isolation -e ".[peers]"' if missing != ["pytorch3d"] else ""
         yield f"not installed: {', '.join(missing)}{advice}"
     yield from (f"{name} {why}" for name, why in absent.items() if why != "not installed")
 
