@@ -20,8 +20,9 @@ step() {
 step build python -m pip install --no-build-isolation --no-deps -e .
 step doctor python -m reid3d doctor
 step tests python -m pytest tests/ops tests/models tests/test_benchmarks.py --device cuda
+# Without the cache every tensor is an allocation of its own: else memcheck takes what lies beyond one for another's.
 for tool in memcheck racecheck synccheck initcheck; do
-  step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 python benchmarks/gpu_small.py
+  step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 python benchmarks/gpu_small.py
 done
 step streams python benchmarks/gpu_streams.py
 python -c 'import torch_cluster' 2>/dev/null && step pyg python benchmarks/pyg_check.py cuda

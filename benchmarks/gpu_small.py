@@ -19,7 +19,7 @@ for n in (1, 33, 257):
             ops.knn(xyz, xyz, min(n, 20), order=hint).dist2.sum().backward()
             ops.farthest_point_sample(xyz.detach(), n, order=hint)
         ops.knn(wide := rows(2, n, 37, dtype=dtype), wide, min(n, 20)).dist2.sum().backward()
-    idx = ops.ball_query(xyz.detach(), xyz.detach(), 0.2, 16)
+        idx = ops.ball_query(xyz.detach(), xyz.detach(), 0.2, 16)
     transposed = ops.transpose_graph(idx, n)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         for channels in (1, 32, 67):
@@ -27,6 +27,11 @@ for n in (1, 33, 257):
                 ops.group_max(rows(2, n, channels, dtype=dtype), idx, transposed=hint).sum().backward()
                 pooled = ops.edge_pool(rows(2, n, channels, dtype=dtype), idx, transposed=hint)
                 sum(part.double().sum() for part in pooled).backward()
+for n in (1500, 4000, 5000, 9000):  # what is sampled in slabs, in more registers and in memory, and how it is ordered
+    xyz = torch.rand(2, n, 3, device="cuda")
+    ops.farthest_point_sample(xyz, 12)
+    near = ops.knn(xyz[:, :40].contiguous(), xyz, 20)  # queries of their own
+    ops.transpose_graph(near.idx, n)
 xyz = torch.rand(2, 300, 3, device="cuda")
 for k in (32, 33, 64, 65, 128, 129, 257):  # lists of neighbours of every length, in registers and in memory
     for cloud in (xyz, xyz.double(), xyz.expand(2, 300, 3).repeat(1, 1, 7)):
