@@ -1,5 +1,5 @@
-// Maximum, minimum, sum and sum of squares over the edges of a graph, without a tensor over the edges, and their gradient.
-// Contract: reid3d/ops/edge_pool.py.
+// Maximum, minimum, sum and sum of squares over the edges of a graph, without a tensor over the edges, and their
+// gradient. Contract: reid3d/ops/edge_pool.py.
 #include <tuple>
 
 #include "pool.cuh"
@@ -58,7 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_pool(const Tenso
   check_graph("edge_pool", N, M, K);
   const ScalarType wide = feats.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor max = torch::stable::new_empty(feats, {B, M, C}), min = torch::stable::new_empty(feats, {B, M, C});
-  Tensor sum = torch::stable::new_empty(feats, {B, M, C}, wide), sumsq = torch::stable::new_empty(feats, {B, M, C}, wide);
+  Tensor sum = torch::stable::new_empty(feats, {B, M, C}, wide);
+  Tensor sumsq = torch::stable::new_empty(feats, {B, M, C}, wide);
   Tensor max_slot = torch::stable::new_empty(feats, {B, M, C}, slot_type(K));
   Tensor min_slot = torch::stable::new_empty(feats, {B, M, C}, slot_type(K));
   if (max.numel() == 0) return {max, min, sum, sumsq, max_slot, min_slot};
@@ -79,9 +80,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_pool(const Tenso
   return {max, min, sum, sumsq, max_slot, min_slot};
 }
 
-Tensor edge_pool_backward(const Tensor& grad_max, const Tensor& grad_min, const Tensor& grad_sum, const Tensor& grad_sumsq,
-                          const Tensor& feats_, const Tensor& idx, const Tensor& max_slot_, const Tensor& min_slot_,
-                          const std::optional<Tensor>& offsets_, const std::optional<Tensor>& edges_) {
+Tensor edge_pool_backward(const Tensor& grad_max, const Tensor& grad_min, const Tensor& grad_sum,
+                          const Tensor& grad_sumsq, const Tensor& feats_, const Tensor& idx, const Tensor& max_slot_,
+                          const Tensor& min_slot_, const std::optional<Tensor>& offsets_,
+                          const std::optional<Tensor>& edges_) {
   const Tensor max = torch::stable::contiguous(grad_max), min = torch::stable::contiguous(grad_min),
                sum = torch::stable::contiguous(grad_sum), sumsq = torch::stable::contiguous(grad_sumsq),
                feats = torch::stable::contiguous(feats_), max_slot = torch::stable::contiguous(max_slot_),
@@ -102,8 +104,9 @@ Tensor edge_pool_backward(const Tensor& grad_max, const Tensor& grad_min, const 
                                             sum.const_data_ptr<Wide<T>>(),    sumsq.const_data_ptr<Wide<T>>(),
                                             max_slot.const_data_ptr<Slot>(),  min_slot.const_data_ptr<Slot>()};
     edge_pool_backward_kernel<V, T, Slot><<<shape.blocks, shape.threads, 0, stream>>>(
-        gradient, feats.const_data_ptr<T>(), graph.first.const_data_ptr<int32_t>(), graph.second.const_data_ptr<int32_t>(),
-        B * n, M, n, C, Divisor(static_cast<uint32_t>(K)), shape.width, shape.rows, out.mutable_data_ptr<T>());
+        gradient, feats.const_data_ptr<T>(), graph.first.const_data_ptr<int32_t>(),
+        graph.second.const_data_ptr<int32_t>(), B * n, M, n, C, Divisor(static_cast<uint32_t>(K)), shape.width,
+        shape.rows, out.mutable_data_ptr<T>());
   };
   dispatch_pool(feats, K, C, {&max, &min, &sum, &sumsq, &feats, &max_slot, &min_slot, &out},
                 launch);

@@ -22,14 +22,15 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
 template <int V, typename T, typename Slot>
 __global__ void __launch_bounds__(kPoolThreads, 2)
     group_max_backward_kernel(const T* grad, const Slot* slot, const int32_t* offsets, const int32_t* edges,
-                              int64_t total_rows, int64_t M, int64_t n, int64_t C, Divisor K, int width, int rows, T* out) {
+                              int64_t total_rows, int64_t M, int64_t n, int64_t C, Divisor K, int width, int rows,
+                              T* out) {
   const PoolThread thread(width, rows, total_rows, C, V);
   if (!thread.active) return;
   const int64_t E = M * K.value, column = thread.row / n * M * C + thread.channel;
   const Incoming incoming("group_max_backward", offsets, edges, thread.row, n, E);
   Wide<T> sum[V];
-  max_gradient<V>(incoming.edges, incoming.count, K, grad + column, slot + column, C, CheckEdge{"group_max_backward", E},
-                  sum);
+  const CheckEdge check{"group_max_backward", E};
+  max_gradient<V>(incoming.edges, incoming.count, K, grad + column, slot + column, C, check, sum);
   store(out + thread.row * C + thread.channel, sum);
 }
 
@@ -73,8 +74,8 @@ Tensor group_max_backward(const Tensor& grad_, const Tensor& idx, const Tensor& 
     const PoolShape shape(B * n, C / V);
     group_max_backward_kernel<V, T, Slot><<<shape.blocks, shape.threads, 0, stream>>>(
         grad.const_data_ptr<T>(), slot.const_data_ptr<Slot>(), graph.first.const_data_ptr<int32_t>(),
-        graph.second.const_data_ptr<int32_t>(), B * n, M, n, C, Divisor(static_cast<uint32_t>(K)), shape.width, shape.rows,
-        out.mutable_data_ptr<T>());
+        graph.second.const_data_ptr<int32_t>(), B * n, M, n, C, Divisor(static_cast<uint32_t>(K)), shape.width,
+        shape.rows, out.mutable_data_ptr<T>());
   });
   check_launch("group_max_backward");
   return out;

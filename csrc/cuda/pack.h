@@ -22,7 +22,8 @@ REID3D_HOST_DEVICE inline Pack<T, V> load(const T* p) {
 
 // One store to global memory; written down, for the compiler takes it apart into its words.
 __device__ __forceinline__ void store_words(void* p, const uint32_t (&w)[4]) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+               : "memory");
 }
 
 __device__ __forceinline__ void store_words(void* p, const uint32_t (&w)[2]) {

@@ -1,6 +1,6 @@
-// k nearest neighbours by all distances. Contract: reid3d/ops/knn.py. Distances are direct differences: |q|^2 - 2qp + |p|^2
-// by a matrix product would lose the neighbours of a cloud far from the origin, and is hardly faster where both clouds
-// are the same, for then half of the distances are enough. They go to a matrix in memory, of which a warp takes a row.
+// k nearest neighbours by all distances. Contract: reid3d/ops/knn.py. Distances are direct differences: by a matrix
+// product, |q|^2 - 2qp + |p|^2 would lose the neighbours of a cloud far from the origin. Of a cloud with itself half of
+// them are enough. They go to a matrix in memory, of which a warp takes a row.
 #include "pairwise.cuh"
 
 #include <cuda_pipeline.h>
@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(kSelectWarps * kWarp, 4)
   k_smallest(matrix + row * stride, stride, k, dist2 + row * k, idx + row * k);
 }
 
-void select(const float* matrix, int64_t rows, int64_t stride, int64_t k, float* dist2, int64_t* idx, cudaStream_t stream) {
+void select(const float* matrix, int64_t rows, int64_t stride, int64_t k, float* dist2, int64_t* idx,
+            cudaStream_t stream) {
   const unsigned blocks = blocks_for(rows, kSelectWarps);
   const auto kernel = k <= kWarp ? &select_kernel<1> : &select_kernel<4>;
   kernel<<<blocks, kSelectWarps * kWarp, 0, stream>>>(matrix, rows, stride, k, dist2, idx);
@@ -78,7 +79,8 @@ void select(const float* matrix, int64_t rows, int64_t stride, int64_t k, float*
 
 void select(const double* matrix, int64_t rows, int64_t stride, int64_t k, double* dist2, int64_t* idx,
             cudaStream_t stream) {
-  select_kernel<<<blocks_for(rows, kSelectWarps), kSelectWarps * kWarp, 0, stream>>>(matrix, rows, stride, k, dist2, idx);
+  const unsigned blocks = blocks_for(rows, kSelectWarps);
+  select_kernel<<<blocks, kSelectWarps * kWarp, 0, stream>>>(matrix, rows, stride, k, dist2, idx);
 }
 
 int64_t tiles_of(int64_t rows, int64_t columns, int64_t side, bool symmetric) {
@@ -127,8 +129,8 @@ std::tuple<Tensor, Tensor> knn_pairwise(const Tensor& query_, const Tensor& poin
         const int64_t size = std::min(rows, M - m), first = b * M + m;
         if constexpr (std::is_same_v<T, float>) {
           const bool large = count * tiles_of(size, N, 128, symmetric) >= 2 * multiprocessors;
-          (large ? &fill<T, 8> : &fill<T, 4>)(q + first * D, p + b * N * D, count, size, N, D, stride, symmetric, matrix,
-                                              stream);
+          const auto fill_with = large ? &fill<T, 8> : &fill<T, 4>;
+          fill_with(q + first * D, p + b * N * D, count, size, N, D, stride, symmetric, matrix, stream);
         } else {
           fill<T, 4>(q + first * D, p + b * N * D, count, size, N, D, stride, symmetric, matrix, stream);
         }

@@ -1,5 +1,5 @@
-// Squared distances between the points of two clouds, tile by tile: what a thread of the block of a tile does. Plain C++,
-// so that the tests run it on the host (tests/ops/warp_pairwise.cpp).
+// Squared distances between the points of two clouds, tile by tile: what a thread of the block of a tile does. Plain
+// C++, so that the tests run it on the host (tests/ops/warp_pairwise.cpp).
 #pragma once
 
 #include "pack.h"

@@ -46,7 +46,7 @@ struct PoolThread {
   }
 };
 
-// Pools the groups of a block: their indices come to shared memory, where each is looked at once, kStage slots at a time.
+// Pools the groups of a block: their indices come to shared memory, each looked at once, kStage slots at a time.
 template <int V, typename T, typename Pool>
 __device__ void pool_groups(const char* op, const PoolThread& thread, int rows, const T* feats, const int64_t* idx,
                             int64_t total_rows, int64_t M, int64_t N, int64_t C, int32_t K, Pool& pool) {
@@ -73,7 +73,8 @@ struct Incoming {
   const int32_t* edges;
   int32_t count;
 
-  __device__ Incoming(const char* op, const int32_t* offsets, const int32_t* edges_all, int64_t row, int64_t n, int64_t E) {
+  __device__ Incoming(const char* op, const int32_t* offsets, const int32_t* edges_all, int64_t row, int64_t n,
+                      int64_t E) {
     const int64_t cloud = row / n;
     const int32_t* bounds = offsets + row + cloud;  // n + 1 of them for every cloud
     const int32_t begin = bounds[0], end = bounds[1];
@@ -136,8 +137,8 @@ void dispatch_pool(const Tensor& x, int64_t K, int64_t C, std::initializer_list<
 
 inline void check_graph(const char* op, int64_t N, int64_t M, int64_t K) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(N <= most && K <= 32767 && M * K <= most, "reid3d::", op, ": more than 2^31 - 1 points or edges in a cloud, ",
-                  "or 32767 slots in a group");
+  STD_TORCH_CHECK(N <= most && K <= 32767 && M * K <= most, "reid3d::", op,
+                  ": more than 2^31 - 1 points or edges in a cloud, or 32767 slots in a group");
 }
 
 }  // namespace reid3d

@@ -1,5 +1,5 @@
-// What one thread of a pooling kernel does: V neighbouring channels of one row, V * sizeof(T) bytes in one access. Plain
-// C++, so that the tests run it on the host (tests/ops/warp_pool.cpp).
+// What one thread of a pooling kernel does: V neighbouring channels of one row, V * sizeof(T) bytes in one access.
+// Plain C++, so that the tests run it on the host (tests/ops/warp_pool.cpp).
 #pragma once
 
 #include <cstdint>
@@ -98,8 +98,8 @@ REID3D_HOST_DEVICE inline bool any_equal(const Pack<Slot, V>& slots, int32_t slo
   return any;
 }
 
-// The gradient of a maximum: what the edges into a point, in ascending order, hand to those channels they have won. Edge
-// e is slot e % K of group e / K; grad and slot are the thread's channels of group 0. Check refuses an edge that is none.
+// The gradient of a maximum: what the edges into a point, in ascending order, hand to those channels they have won.
+// Edge e is slot e % K of group e / K; grad and slot are the thread's channels of group 0. Check refuses other e.
 template <int V, typename T, typename Slot, typename Check>
 REID3D_HOST_DEVICE inline void max_gradient(const int32_t* edges, int32_t count, const Divisor& K, const T* grad,
                                             const Slot* slot, int64_t C, const Check& check, Wide<T> (&sum)[V]) {
@@ -125,8 +125,8 @@ REID3D_HOST_DEVICE inline void max_gradient(const int32_t* edges, int32_t count,
   }
 }
 
-// The same for the four results of an edge pool, each summed by itself. The sum and the sum of squares hand something to
-// every edge. The pointers are the thread's channels of group 0; x is the point's.
+// The same for the four results of an edge pool, each summed by itself. The sum and the sum of squares hand something
+// to every edge. The pointers are the thread's channels of group 0; x is the point's.
 template <int V, typename T, typename Slot>
 struct EdgeGradient {
   const T *max, *min;

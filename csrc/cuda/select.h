@@ -1,5 +1,5 @@
-// The k smallest of a row of distances, by a warp. Contract of the row: no NaN, and +inf behind the last distance up to a
-// multiple of four.
+// The k smallest of a row of distances, by a warp. Contract of the row: no NaN, and +inf behind the last distance up to
+// a multiple of four.
 #pragma once
 
 #include "pack.h"

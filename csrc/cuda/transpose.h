@@ -101,7 +101,9 @@ struct StableSort {
   int32_t low, rows;
   SortShared& shared;
 
-  REID3D_WARP int64_t stretch() const { return ((last - first + kSortWarps - 1) / kSortWarps + kWarp - 1) / kWarp * kWarp; }
+  REID3D_WARP int64_t stretch() const {
+    return ((last - first + kSortWarps - 1) / kSortWarps + kWarp - 1) / kWarp * kWarp;
+  }
   REID3D_WARP int64_t begin(int warp) const { return first + warp * stretch(); }
   REID3D_WARP int64_t end(int warp) const { return begin(warp) + stretch() < last ? begin(warp) + stretch() : last; }
 
@@ -127,7 +129,9 @@ struct StableSort {
   }
 
   // Phase 2: a warp adds up some of the rows.
-  REID3D_WARP static int32_t rows_per_warp(int32_t rows) { return (rows + kSortWarps * kWarp - 1) / (kSortWarps * kWarp) * kWarp; }
+  REID3D_WARP static int32_t rows_per_warp(int32_t rows) {
+    return (rows + kSortWarps * kWarp - 1) / (kSortWarps * kWarp) * kWarp;
+  }
 
   REID3D_WARP void add_up(int warp) const {
     const auto& self = *this;
@@ -137,7 +141,8 @@ struct StableSort {
       const Lane<int32_t> mine = map(
           [=](int lane) {
             int32_t edges = 0;
-            for (int w = 0; w < kSortWarps && base + lane < self.rows; ++w) edges += self.shared.counter[w][base + lane];
+            for (int w = 0; w < kSortWarps && base + lane < self.rows; ++w)
+              edges += self.shared.counter[w][base + lane];
             return edges;
           },
           lane_id());
@@ -217,8 +222,8 @@ struct GroupStarts {
         },
         lane_id());
     const Lane<int32_t> upto = inclusive_sum(mine);
-    each([=, &self](int lane, int32_t with, int32_t edges) { self.before[warp * kWarp + lane] = with - edges; }, lane_id(),
-         upto, mine);
+    each([=, &self](int lane, int32_t with, int32_t edges) { self.before[warp * kWarp + lane] = with - edges; },
+         lane_id(), upto, mine);
     const int32_t all = shfl(upto, kWarp - 1);
     each([=, &self](int lane) { if (lane == 0) self.total[warp] = all; }, lane_id());
   }

@@ -1,4 +1,4 @@
-// The tiles of distances of csrc/cuda/pairwise.h and the selection of csrc/cuda/select.h, against loops and std::sort.
+// The tiles of csrc/cuda/pairwise.h and the selection of csrc/cuda/select.h, against loops and std::stable_sort.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -37,8 +37,8 @@ struct Aligned {
 };
 
 template <typename T, int P>
-void run_tile(const T* query, int32_t rows, const T* points, int32_t columns, int32_t D, int32_t stride, int32_t tile_row,
-              int32_t tile_column, bool mirror, T* matrix) {
+void run_tile(const T* query, int32_t rows, const T* points, int32_t columns, int32_t D, int32_t stride,
+              int32_t tile_row, int32_t tile_column, bool mirror, T* matrix) {
   using Tile = PairTile<T, P>;
   struct alignas(64) Stage {
     typename Tile::Points a, b;
@@ -87,7 +87,7 @@ bool selection_is_right(const T* matrix, int64_t rows, int64_t N, int64_t stride
     select_row(row, stride, k, dist2.data(), idx.data());
     std::vector<int64_t> order(N);
     for (int64_t i = 0; i < N; ++i) order[i] = i;
-    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return row[a] < row[b] || (row[a] == row[b] && a < b); });
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return row[a] < row[b]; });
     for (int64_t place = 0; place < k; ++place)
       if (idx[place] != order[place] || !same_bits(&dist2[place], row + order[place], 1)) return false;
   }

@@ -125,10 +125,12 @@ bool check(int round, int32_t K) {
     }
     for (int64_t c = 0; c < C; ++c) {
       const int64_t place = m * C + c;
-      const int32_t high = winner(feats.data, C, c, groups[m], greater), low = winner(feats.data, C, c, groups[m], less);
+      const int32_t high = winner(feats.data, C, c, groups[m], greater);
+      const int32_t low = winner(feats.data, C, c, groups[m], less);
       if (slot.data[place] != high || max_slot.data[place] != high || min_slot.data[place] != low) return false;
       const T highest = feats.data[groups[m][high] * C + c], lowest = feats.data[groups[m][low] * C + c];
-      if (!same(most.data[place], highest) || !same(max.data[place], highest) || !same(min.data[place], lowest)) return false;
+      if (!same(most.data[place], highest) || !same(max.data[place], highest)) return false;
+      if (!same(min.data[place], lowest)) return false;
       W s = 0, q = 0;
       for (int32_t i : groups[m]) {
         const W v = static_cast<W>(feats.data[i * C + c]);

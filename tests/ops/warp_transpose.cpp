@@ -29,11 +29,12 @@ struct Entries {
 };
 
 template <typename List, typename Start, typename Out>
-void run_block(const List& list, int32_t shift, int64_t first, int64_t last, int64_t low, int64_t rows, Start start, Out out) {
+void run_block(const List& list, int32_t shift, int64_t first, int64_t last, int32_t low, int32_t rows, Start start,
+               Out out) {
   static SortShared shared;
   for (auto& counter : shared.counter) std::fill(std::begin(counter), std::end(counter), -7);
   const Shift key{shift};
-  const StableSort<List, Shift> sort{list, key, first, last, static_cast<int32_t>(low), static_cast<int32_t>(rows), shared};
+  const StableSort<List, Shift> sort{list, key, first, last, low, rows, shared};
   for (int w = 0; w < kSortWarps; ++w) sort.count(w);
   for (int w = 0; w < kSortWarps; ++w) sort.add_up(w);
   for (int w = 0; w < kSortWarps; ++w) sort.open(w, start);
@@ -67,11 +68,13 @@ bool check(const std::vector<int64_t>& idx, int64_t n) {
   offsets[n] = static_cast<int32_t>(E);
   for (int32_t group = 0; group < groups.count; ++group) {
     for (int32_t sweep = 0; sweep < groups.sweeps; ++sweep) {
-      const int64_t low = (int64_t{group} << groups.shift) + int64_t{sweep} * kSortRows;
-      const int64_t high = std::min({low + kSortRows, (int64_t{group} + 1) << groups.shift, n});
+      const int32_t low = (group << groups.shift) + sweep * kSortRows;
+      const int32_t high = std::min({low + kSortRows, (group + 1) << groups.shift, static_cast<int32_t>(n)});
       if (low >= high) continue;
       const int64_t first = starts[group], last = starts[group + 1];
-      const auto start = [&](int32_t row, int32_t place) { return offsets.at(low + row) = static_cast<int32_t>(first) + place; };
+      const auto start = [&](int32_t row, int32_t place) {
+        return offsets.at(low + row) = static_cast<int32_t>(first) + place;
+      };
       const auto out = [&](int32_t place, Entry entry) { edges.at(place) = entry.edge; };
       if (groups.count == 1) {
         run_block(graph, 0, 0, E, low, high - low, start, out);
@@ -105,7 +108,7 @@ int main() {
       if (round % 4 == 3) i = n - 1 - below(spread);
     }
     if (!check(idx, n)) {
-      std::printf("round %d: wrong for n = %lld, %lld edges\n", round, static_cast<long long>(n), static_cast<long long>(E));
+      std::printf("round %d: wrong for n = %d, %d edges\n", round, static_cast<int>(n), static_cast<int>(E));
       return 1;
     }
   }
