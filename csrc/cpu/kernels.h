@@ -1,5 +1,5 @@
 // What the kernels offer to the bindings: one table a set of instructions. kernels.cpp is compiled once for each; which of
-// them runs is decided once, by the processor, or by REID3D_ISA=portable|avx2|avx512 in the environment.
+// them runs is decided once: the best that the processor has, and at most REID3D_ISA=portable|avx2|avx512.
 #pragma once
 
 #include <cstdint>

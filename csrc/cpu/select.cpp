@@ -17,16 +17,16 @@ namespace avx512 { extern const Kernels kernels; }
 namespace {
 
 const Kernels& choose() {
-  const char* wanted = std::getenv("REID3D_ISA");
-  const auto may = [wanted](const Kernels& k) { return !wanted || !*wanted || std::strcmp(wanted, k.isa) == 0; };
 #ifdef REID3D_X86
+  const char* named = std::getenv("REID3D_ISA");
+  const auto is = [named](const char* isa) { return named && std::strcmp(named, isa) == 0; };
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  if (v4 && may(avx512::kernels)) return avx512::kernels;
-  if (v3 && may(avx2::kernels)) return avx2::kernels;
+  if (v4 && !is("avx2") && !is("portable")) return avx512::kernels;
+  if (v3 && !is("portable")) return avx2::kernels;
 #endif
   return portable::kernels;
 }

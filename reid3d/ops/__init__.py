@@ -6,7 +6,7 @@ environment leaves them out. The references round float32 distances almost alway
 (`knn.squared_distances`). `reid3d.ops.pyg` has the same on the flat batches of PyG.
 
 The CPU kernels are compiled for AVX-512, for AVX2 and for any machine, and the processor decides which run;
-REID3D_ISA=avx512, avx2 or portable in the environment does where the processor can. All give the same bits.
+REID3D_ISA=avx512, avx2 or portable in the environment sets the most they may use. All give the same bits.
 """
 
 import os
@@ -50,6 +50,9 @@ def _load() -> dict[str, Path]:
     """Loads what was compiled: {"cpp": path, "cuda": path}, without those that are not there or of no use."""
     if os.environ.get("REID3D_NO_EXTENSION") == "1":
         return {}
+    isa = os.environ.get("REID3D_ISA", "")
+    if isa not in ("", "avx512", "avx2", "portable"):
+        raise ImportError(f"REID3D_ISA must be avx512, avx2 or portable, got {isa}")
     package = Path(__file__).parents[1]
     found = {"cpp": package / "_C.so"}
     if torch.version.cuda is not None:

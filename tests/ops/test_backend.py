@@ -61,6 +61,11 @@ def test_the_same_tests_pass_with_every_set_of_kernels(environment, isa):
         assert run("from reid3d import doctor; print(doctor.report()['isa'])", **environment) == isa
 
 
+def test_unknown_instructions_are_refused():
+    text = run("import reid3d.doctor as d; print(d.format_report(d.report()))", REID3D_ISA="neon")
+    assert "REID3D_ISA must be avx512, avx2 or portable, got neon" in text
+
+
 def test_cuda_library_loads_beside_any_torch_and_registers_its_kernels():
     path = PACKAGE / "_C_cuda.so"
     ops = ["knn", "farthest_point_sample", "ball_query", "morton_order", "transpose_graph"]
