@@ -5,9 +5,9 @@
 
 namespace reid3d::REID3D_ISA {
 
-// A picked point changes the distances of the points around it only: of the boxes that are nearer to it than the farthest
-// of their points is to what was picked before. dist2 is the squared distance of every point to the nearest picked one,
-// +inf before the first, -1 for a point with a NaN, -inf once picked; most[l] the largest of every box.
+// A picked point changes the distances of the points around it only: of the boxes that are nearer to it than the
+// farthest of their points is to what was picked before. dist2 is the squared distance of every point to the nearest
+// picked one, +inf before the first, -1 for a point with a NaN, -inf once picked; most[l] the largest of every box.
 template <typename T>
 class Sampler {
   const Tree<T>& tree_;
@@ -93,13 +93,15 @@ class Sampler {
     }
   }
 
-  // Picks the point at hand, and finds the next: the farthest of what is left.
+  // The point at hand.
+  REID3D_INLINE int64_t index() const { return tree_.index[at_]; }
+
+  // Picks it, and finds the next: the farthest of what is left. Something must be left: what is not there is at -inf,
+  // as what was picked, and lies beyond the arrays.
   template <int levels>
-  REID3D_INLINE int64_t next() {
-    const int64_t picked = tree_.index[at_];
+  REID3D_INLINE void advance() {
     const T farthest = pick<levels - 1>(0, at_, Point<T>(tree_.x[at_], tree_.y[at_], tree_.z[at_]));
     at_ = static_cast<uint32_t>(lowest<levels - 1>(0, farthest));
-    return picked;
   }
 };
 
@@ -107,13 +109,20 @@ class Sampler {
 template <int levels, typename T>
 void sample(const Tree<T>* trees, int64_t count, int64_t m, int64_t start, T* scratch, int64_t* picked) {
   Sampler<T> one(trees[0], start, scratch);
+  picked[0] = start;
   if (count == 1) {
-    for (int64_t i = 0; i < m; ++i) picked[i] = one.template next<levels>();
+    for (int64_t i = 1; i < m; ++i) {
+      one.template advance<levels>();
+      picked[i] = one.index();
+    }
   } else {
     Sampler<T> other(trees[1], start, scratch + Tree<T>::size(trees[0].n));
-    for (int64_t i = 0; i < m; ++i) {
-      picked[i] = one.template next<levels>();
-      picked[m + i] = other.template next<levels>();
+    picked[m] = start;
+    for (int64_t i = 1; i < m; ++i) {
+      one.template advance<levels>();
+      other.template advance<levels>();
+      picked[i] = one.index();
+      picked[m + i] = other.index();
     }
   }
 }

@@ -1,4 +1,5 @@
-"""The logic of the CUDA kernels on the host: every warp_*.cpp is compiled with the sanitizers and run."""
+"""The kernels in C++: every program here, cpu_*.cpp of the CPU, warp_*.cpp of the logic of CUDA on the host, is compiled
+with the sanitizers and run."""
 
 import os
 import platform
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAMS = sorted(Path(__file__).parent.glob("warp_*.cpp"))
+PROGRAMS = sorted(Path(__file__).parent.glob("*.cpp"))
 # -march=native: an fma of the machine where it has one. No contraction: csrc/rounding.h.
 NATIVE = ["-march=native"] if platform.machine() == "x86_64" else []
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", *NATIVE]
@@ -19,7 +20,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 def compiler() -> list[str]:
     command = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(command[0]) is None:
-        pytest.skip(f"NO C++ COMPILER ({command[0]}): the logic of the CUDA kernels is not tested here")
+        pytest.skip(f"NO C++ COMPILER ({command[0]}): the kernels are not tested here with the sanitizers")
     return command
 
 
@@ -28,7 +29,7 @@ def test_there_is_something_to_run():
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
-def test_warps_on_the_host(program, tmp_path):
+def test_program_with_the_sanitizers(program, tmp_path):
     binary = tmp_path / program.stem
     build = [*compiler(), *FLAGS, *SANITIZERS, program, "-o", binary]
     process = subprocess.run(build, capture_output=True, text=True, timeout=300)
