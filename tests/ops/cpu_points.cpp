@@ -49,35 +49,27 @@ void check_fps(const std::vector<float>& rows, int64_t n) {
     }
 }
 
-void check_search(const std::vector<float>& rows, int64_t n) {
+template <typename List>
+void check_search(const std::vector<float>& rows, int64_t n, int64_t k) {
   const Forested cloud(rows, n);
-  const int64_t padded = round_up(n, kLeaf);
-  std::vector<float> panels(3 * padded), all(n);
+  std::vector<float> panels(3 * round_up(n, kLeaf)), all(n), dist2(n * k);
+  std::vector<int64_t> idx(n * k), nearest(n), ball(k);
+  std::vector<char> scratch(knn_scratch(n, k));
+  List list(k, scratch.data());
+  native::knn_with(cloud.tree, 0, n, cloud.tree, k, list, scratch.data(), dist2.data(), idx.data());
   native::pack(rows.data(), n, 3, panels.data());
-  for (int64_t k : {int64_t{1}, int64_t{8}, int64_t{16}, int64_t{17}, int64_t{33}, int64_t{65}, n}) {
-    if (k > n) continue;
-    std::vector<char> scratch(knn_scratch(n, k));
-    std::vector<float> dist2(n * k), dist2_of_all(n * k), distances(n * padded);
-    std::vector<int64_t> idx(n * k), idx_of_all(n * k), ball(k);
-    native::knn(cloud.tree, 0, n, cloud.tree, k, scratch.data(), dist2.data(), idx.data());
-    native::knn_rows(rows.data(), n, panels.data(), n, 3, k, distances.data(), scratch.data(), dist2_of_all.data(),
-                     idx_of_all.data());
-    CHECK(idx == idx_of_all && dist2 == dist2_of_all, n, k);
-    for (int64_t q = 0; q < n; ++q) {
-      const float* p = &rows[3 * q];
-      for (int64_t i = 0; i < n; ++i) {
-        const float d = squared_distance3(p[0], p[1], p[2], rows[3 * i], rows[3 * i + 1], rows[3 * i + 2]);
-        all[i] = d < native::kInf<float> ? d : native::kInf<float>;
-      }
-      std::vector<int64_t> nearest(n);
-      std::iota(nearest.begin(), nearest.end(), 0);
-      std::stable_sort(nearest.begin(), nearest.end(), [&](int64_t i, int64_t j) { return all[i] < all[j]; });
-      for (int64_t i = 0; i < k; ++i)
-        CHECK(idx[q * k + i] == nearest[i] && dist2[q * k + i] == all[nearest[i]], n, k, q, i);
-      const int64_t hits = native::ball_query(p, panels.data(), n, 0.1f, k, ball.data());
-      const int64_t inside = std::count_if(all.begin(), all.end(), [](float d) { return d < 0.1f; });
-      CHECK(hits == std::min(k, inside), n, k, q);
+  for (int64_t q = 0; q < n; ++q) {
+    const float* p = &rows[3 * q];
+    for (int64_t i = 0; i < n; ++i) {
+      const float d = squared_distance3(p[0], p[1], p[2], rows[3 * i], rows[3 * i + 1], rows[3 * i + 2]);
+      all[i] = d < native::kInf<float> ? d : native::kInf<float>;
     }
+    std::iota(nearest.begin(), nearest.end(), 0);
+    std::stable_sort(nearest.begin(), nearest.end(), [&](int64_t i, int64_t j) { return all[i] < all[j]; });
+    for (int64_t i = 0; i < k; ++i)
+      CHECK(idx[q * k + i] == nearest[i] && dist2[q * k + i] == all[nearest[i]], n, k, q, i);
+    const int64_t inside = std::count_if(all.begin(), all.end(), [](float d) { return d < 0.1f; });
+    CHECK(native::ball_query(p, panels.data(), n, 0.1f, k, ball.data()) == std::min(k, inside), n, k, q);
   }
 }
 
@@ -89,6 +81,12 @@ int main() {
     for (int kind = 0; kind < kClouds; ++kind) {
       const std::vector<float> rows = cloud<float>(n, kind, random);
       check_fps(rows, n);
-      if (n <= 300) check_search(rows, n);
+      for (int k : {1, 20, 32, 65, n}) {
+        if (k > n || n > 300) continue;
+#if defined(__AVX2__)
+        if (k <= 32) check_search<native::SortedList<4>>(rows, n, k);
+#endif
+        check_search<native::HeapList<float>>(rows, n, k);
+      }
     }
 }
