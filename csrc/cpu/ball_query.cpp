@@ -9,6 +9,7 @@ namespace {
 std::tuple<Tensor, Tensor> ball_query(const Tensor& centers_, const Tensor& points_, double radius, int64_t k) {
   const Tensor centers = torch::stable::contiguous(centers_), points = torch::stable::contiguous(points_);
   const int64_t B = centers.size(0), M = centers.size(1), n = points.size(1), size = 3 * round_up(n, kLeaf);
+  check_size(n);
   Tensor idx = torch::stable::new_empty(centers, {B, M, k}, ScalarType::Long);
   Tensor count = torch::stable::new_empty(centers, {B, M}, ScalarType::Int);
   int64_t* out = idx.mutable_data_ptr<int64_t>();

@@ -1,5 +1,5 @@
-// Farthest point sampling: the binding of fps.h. Threads take whole clouds, for every pick follows
-// from the one before it.
+// Farthest point sampling: the binding of fps.h. Threads take whole clouds, for every pick follows from the one before
+// it.
 #include <algorithm>
 
 #include "cloud.h"
@@ -7,8 +7,9 @@
 namespace reid3d {
 namespace {
 
-Tensor farthest_point_sample(const Tensor& xyz_, std::optional<Tensor> order, int64_t m, int64_t start) {
+Tensor farthest_point_sample(const Tensor& xyz_, std::optional<Tensor> order_, int64_t m, int64_t start) {
   const Tensor xyz = torch::stable::contiguous(xyz_);
+  const std::optional<Tensor> order = checked(order_);
   const int64_t B = xyz.size(0), n = xyz.size(1);
   Tensor picked = torch::stable::new_empty(xyz, {B, m}, ScalarType::Long);
   if (picked.numel() == 0) return picked;

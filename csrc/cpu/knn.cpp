@@ -10,8 +10,8 @@ namespace {
 constexpr int64_t kChunk = 256;             // queries along the curve that a thread takes at a time
 constexpr int64_t kBlockBytes = 192 << 10;  // of distances, which should stay in the cache
 
-// f(b, begin, end, scratch) for pieces of at most `chunk` of the M rows of B clouds. The scratch is taken once a thread:
-// giving memory of this size back to the system stops all threads.
+// f(b, begin, end, scratch) for pieces of at most `chunk` of the M rows of B clouds. The scratch is taken once a
+// thread: giving memory of this size back to the system stops all threads.
 template <typename F>
 void for_rows(int64_t B, int64_t M, int64_t chunk, int64_t scratch_bytes, F&& f) {
   const int64_t chunks = (M + chunk - 1) / chunk;
@@ -58,18 +58,21 @@ void by_blocks(const Tensor& query, const Tensor& points, int64_t k, T* dist2, i
   });
 }
 
-std::tuple<Tensor, Tensor> knn(const Tensor& query_, const Tensor& points_, std::optional<Tensor> order, int64_t k) {
+std::tuple<Tensor, Tensor> knn(const Tensor& query_, const Tensor& points_, std::optional<Tensor> order_, int64_t k) {
   const Tensor query = torch::stable::contiguous(query_);
+  const std::optional<Tensor> order = checked(order_);
   const Tensor points = same_memory(query_, points_) ? query : torch::stable::contiguous(points_);
   const int64_t B = query.size(0), M = query.size(1);
-  STD_TORCH_CHECK(points.size(1) <= kMaxPoints, "reid3d: a cloud has at most ", kMaxPoints, " points, got ", points.size(1));
+  check_size(points.size(1));
   Tensor dist2 = torch::stable::new_empty(query, {B, M, k});
   Tensor idx = torch::stable::new_empty(query, {B, M, k}, ScalarType::Long);
   if (idx.numel() == 0) return {dist2, idx};
   dispatch_float_double(query, [&](auto zero) {
     using T = decltype(zero);
-    if (1 <= query.size(2) && query.size(2) <= 3) in_space<T>(query, points, order, k, dist2.mutable_data_ptr<T>(), idx.mutable_data_ptr<int64_t>());
-    else by_blocks<T>(query, points, k, dist2.mutable_data_ptr<T>(), idx.mutable_data_ptr<int64_t>());
+    T* nearest = dist2.mutable_data_ptr<T>();
+    int64_t* indices = idx.mutable_data_ptr<int64_t>();
+    if (1 <= query.size(2) && query.size(2) <= 3) in_space<T>(query, points, order, k, nearest, indices);
+    else by_blocks<T>(query, points, k, nearest, indices);
   });
   return {dist2, idx};
 }

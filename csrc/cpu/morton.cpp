@@ -7,7 +7,7 @@ namespace {
 Tensor morton_order(const Tensor& xyz_) {
   const Tensor xyz = torch::stable::contiguous(xyz_);
   const int64_t B = xyz.size(0), n = xyz.size(1);
-  STD_TORCH_CHECK(n <= kMaxPoints, "reid3d: a cloud has at most ", kMaxPoints, " points, got ", n);
+  check_size(n);
   Tensor order = torch::stable::new_empty(xyz, {B, n}, ScalarType::Int);
   int32_t* out = order.mutable_data_ptr<int32_t>();
   dispatch_float_double(xyz, [&](auto zero) {

@@ -5,7 +5,9 @@ import operator
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_GROUP = 32767  # of group_max and edge_pool, whose widest slots are int16
+MAX_EDGES = 2**31 - 1  # of a cloud: those of a transposed graph are int32
 
 
 def check_points(name: str, x: Tensor, dims: int | None = None) -> Tensor:
@@ -15,11 +17,13 @@ def check_points(name: str, x: Tensor, dims: int | None = None) -> Tensor:
 
 
 def check_rows(name: str, x: Tensor, dims: int | None = None) -> None:
-    """x is (B,N,D) floating point; `dims` fixes D."""
+    """x is (B,N,D), one of FLOATS; `dims` fixes D."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dim() != 3 or (dims is not None and x.shape[2] != dims):
         raise ValueError(f"{name} must have shape (B, N, {dims or 'D'}), got {tuple(x.shape)}")
 
@@ -41,7 +45,7 @@ def check_same_cloud_batch(name: str, x: Tensor, other: str, y: Tensor) -> None:
 
 
 def check_idx(idx: Tensor, feats: Tensor | None = None) -> None:
-    """idx (B,M,K) int64 picks groups of 1 <= K <= MAX_GROUP rows, those of feats (B,N,C) where that is given."""
+    """idx (B,M,K) int64 picks groups of 1 <= K <= MAX_GROUP rows, M * K <= MAX_EDGES, of feats (B,N,C) where given."""
     if not isinstance(idx, Tensor) or idx.dtype != torch.int64:
         raise TypeError(f"idx must be an int64 tensor, got {getattr(idx, 'dtype', type(idx).__name__)}")
     if feats is not None and idx.device != feats.device:
@@ -50,6 +54,8 @@ def check_idx(idx: Tensor, feats: Tensor | None = None) -> None:
     if not fits or not 1 <= idx.shape[2] <= MAX_GROUP:
         batch = "B" if feats is None else feats.shape[0]
         raise ValueError(f"idx must have shape ({batch}, M, K) with 1 <= K <= {MAX_GROUP}, got {tuple(idx.shape)}")
+    if idx.shape[1] * idx.shape[2] > MAX_EDGES:
+        raise ValueError(f"idx must have at most {MAX_EDGES} edges a cloud, got {tuple(idx.shape)}")
     if feats is not None and idx.numel() > 0:
         check_not_empty("feats", feats)
 
@@ -68,6 +74,8 @@ def check_int(name: str, value: int, low: int, high: int | None = None, what: st
             value = operator.index(value)
         except TypeError:
             raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+    if high is None and value >= 2**63:
+        raise ValueError(f"{name} must be an int of 64 bits, got {value}")
     if value < low or (high is not None and value > high):
         limit = f"at least {low}" if high is None else f"between {low} and {high}, {what}"
         raise ValueError(f"{name} must be {limit}, got {value}")

@@ -17,7 +17,7 @@ def group_max(feats: Tensor, idx: Tensor, *, transposed: TransposedGraph | None 
 
     Args:
         feats: (B,N,C) float16, bfloat16, float32 or float64.
-        idx: (B,M,K) int64 on the same device, values in [0, N), 1 <= K <= 32767.
+        idx: (B,M,K) int64 on the same device, values in [0, N), 1 <= K <= 32767, M * K < 2^31.
         transposed: `transpose_graph(idx, N)`, where several ops share idx; it changes the time, never a result.
 
     Returns:

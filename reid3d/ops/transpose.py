@@ -7,8 +7,6 @@ from torch import Tensor
 
 from .arguments import check_idx, check_int, check_range
 
-MAX_EDGES = 2**31 - 1  # of a cloud: edges are int32
-
 
 class TransposedGraph(NamedTuple):
     """Edge e = m * K + k says that point idx[b,m,k] is the k-th of group m.
@@ -42,8 +40,6 @@ def transpose_graph(idx: Tensor, n: int) -> TransposedGraph:
     """
     check_idx(idx)
     n = check_int("n", n, 1 if idx.numel() > 0 else 0)
-    if idx.shape[1] * idx.shape[2] > MAX_EDGES:
-        raise ValueError(f"idx must have at most {MAX_EDGES} edges a cloud, got {tuple(idx.shape)}")
     return TransposedGraph(*torch.ops.reid3d.transpose_graph(idx, n))
 
 

@@ -109,6 +109,7 @@ XYZ = torch.zeros(2, 5, 3)
         (XYZ, XYZ, True, 1, TypeError, "radius must be a float, got bool"),
         (XYZ, XYZ, "1", 1, TypeError, "radius must be a float, got str"),
         (XYZ, XYZ, 1.0, 0, ValueError, "k must be at least 1, got 0"),
+        (XYZ, XYZ, 1.0, 2**63, ValueError, "k must be an int of 64 bits, got 9223372036854775808"),
     ],
 )
 def test_errors(centers, points, radius, k, error, message):

@@ -343,6 +343,7 @@ FEATS, IDX = torch.zeros(2, 5, 3), torch.zeros(2, 4, 3, dtype=torch.int64)
         (FEATS, IDX.int(), TypeError, "idx must be an int64 tensor, got torch.int32"),
         (FEATS, IDX[:1], ValueError, r"idx must have shape \(2, M, K\) with 1 <= K <= 32767, got \(1, 4, 3\)"),
         (FEATS, IDX[:, :1].expand(-1, -1, 3).repeat(1, 1, 11000), ValueError, r"got \(2, 1, 33000\)"),
+        (FEATS[:1], IDX.new_zeros(1).expand(1, 2**27, 16), ValueError, "idx must have at most 2147483647 edges"),
         (FEATS, IDX.to("meta"), ValueError, "idx must be on the device of feats, cpu, got meta"),
     ],
 )

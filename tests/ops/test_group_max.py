@@ -177,12 +177,14 @@ FEATS, IDX = torch.zeros(2, 5, 3), torch.zeros(2, 4, 3, dtype=torch.int64)
     ("feats", "idx", "error", "message"),
     [
         (FEATS.long(), IDX, TypeError, "feats must be floating point, got torch.int64"),
+        (FEATS.to(torch.float8_e5m2), IDX, TypeError, "feats must be float16, .* got torch.float8_e5m2"),
         (FEATS[0], IDX, ValueError, r"feats must have shape \(B, N, D\), got \(5, 3\)"),
         (FEATS[:, :0], IDX, ValueError, r"feats must hold at least one point, got \(2, 0, 3\)"),
         (FEATS, IDX.int(), TypeError, "idx must be an int64 tensor, got torch.int32"),
         (FEATS, [[0]], TypeError, "idx must be an int64 tensor, got list"),
         (FEATS, IDX[:1], ValueError, r"idx must have shape \(2, M, K\) with 1 <= K <= 32767, got \(1, 4, 3\)"),
         (FEATS, IDX[..., :0], ValueError, r"idx must have shape .*, got \(2, 4, 0\)"),
+        (FEATS[:1], IDX.new_zeros(1).expand(1, 2**27, 16), ValueError, "idx must have at most 2147483647 edges"),
         (FEATS, IDX.to("meta"), ValueError, "idx must be on the device of feats, cpu, got meta"),
     ],
 )

@@ -101,7 +101,14 @@ XYZ = torch.rand(2, 5, 3)
     ],
 )
 def test_errors(order, error, message):
-    for search in (lambda: knn(XYZ, XYZ, 2, order=order), lambda: farthest_point_sample(XYZ, 2, order=order)):
+    flat = torch.zeros(2, 5, 4)  # searched without a tree
+    for search in (
+        lambda: knn(XYZ, XYZ, 2, order=order),
+        lambda: knn(flat, flat, 2, order=order),
+        lambda: knn(XYZ[:, :0], XYZ, 2, order=order),
+        lambda: farthest_point_sample(XYZ, 2, order=order),
+        lambda: farthest_point_sample(XYZ, 0, order=order),
+    ):
         with pytest.raises(error, match=message):
             search()
 
