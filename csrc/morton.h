@@ -21,7 +21,8 @@ template <typename T>
 struct MortonGrid {
   T lo[3], scale;
 
-  REID3D_HOST_DEVICE MortonGrid(T x, T y, T z, T longest) : lo{x, y, z}, scale(longest > 0 ? T(1023) / longest : T(0)) {}
+  REID3D_HOST_DEVICE MortonGrid(T x, T y, T z, T longest)
+      : lo{x, y, z}, scale(longest > 0 ? T(1023) / longest : T(0)) {}
 
   REID3D_HOST_DEVICE uint32_t cell(T value, int axis) const {
     const T c = (value - lo[axis]) * scale;

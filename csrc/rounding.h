@@ -1,6 +1,6 @@
 // How a squared distance is rounded: the same on every device, so that equal input gives equal indices. Coordinates are
 // added in order; float is fused (rounded once), double is not. Of all choices these are the ones that the plain-torch
-// reference can follow: double exactly, float but for a rare last bit (reid3d/ops/knn.py). Compile with contraction off.
+// reference can follow: double exactly, float but for a rare last bit (reid3d/ops/knn.py). Compile without contraction.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,6 @@
-// Compiled once for each set of instructions, with REID3D_ISA its name. Nothing in this file may be shared with code that
-// is compiled for another: it includes nothing of torch, and every template of its own is in the namespace REID3D_ISA.
+// Compiled once for each set of instructions, with REID3D_ISA its name. No function may be shared with code that is
+// compiled for another: it includes nothing of torch, every template of its own is in the namespace REID3D_ISA, and the
+// few functions of other headers are inlined (.ci/run looks).
 #include "kernels.h"
 
 #include "ball_query.h"
@@ -14,7 +15,8 @@
 namespace reid3d::REID3D_ISA {
 
 template <typename T>
-constexpr PointKernels<T> kPointKernels = {morton_order<T>, build<T>, knn<T>, pack<T>, knn_rows<T>, fps<T>, ball_query<T>};
+constexpr PointKernels<T> kPointKernels = {morton_order<T>, build<T>, knn<T>,       pack<T>,
+                                           knn_rows<T>,     fps<T>,   ball_query<T>};
 
 template <typename T, typename S>
 constexpr SlotKernels<T, S> kSlotKernels = {group_max<T, S>, edge_pool<T, S>, add_at_winners<T, S>};

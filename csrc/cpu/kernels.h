@@ -1,5 +1,5 @@
-// What the kernels offer to the bindings: one table a set of instructions. kernels.cpp is compiled once for each; which of
-// them runs is decided once: the best that the processor has, and at most REID3D_ISA=portable|avx2|avx512.
+// What the kernels offer to the bindings: one table a set of instructions. kernels.cpp is compiled once for each; which
+// of them runs is decided once: the best that the processor has, and at most REID3D_ISA=portable|avx2|avx512.
 #pragma once
 
 #include <cstdint>
@@ -10,17 +10,17 @@ namespace reid3d {
 
 template <typename T>
 struct PointKernels {
-  // The places 0..n-1 of a cloud along the Z-curve; `keys` is scratch of 2n.
+  // The indices of a cloud's points along the Z-curve; `keys` is scratch of 2n.
   void (*morton_order)(const T* rows, int64_t n, int64_t dims, uint64_t* keys, int32_t* order);
   // Fills a tree laid out for n points (D <= 3, missing coordinates are 0) in the given order.
   void (*build)(const T* rows, int64_t dims, const int32_t* order, Tree<T>& tree);
-  // Rows [begin, end) along the curve of `queries`, written at their places in dist2 and idx (M,k). `rows` is the cloud,
-  // `keys` scratch of knn_scratch(n, k).
+  // Rows [begin, end) along the curve of `queries`, written at their indices in dist2 and idx (M,k). `scratch` is
+  // knn_scratch(n, k).
   void (*knn)(const Tree<T>& queries, int64_t begin, int64_t end, const Tree<T>& points, int64_t k, void* scratch,
               T* dist2, int64_t* idx);
   // (N,D) rows as panels of 16 points, for knn_rows.
   void (*pack)(const T* rows, int64_t n, int64_t dims, T* panels);
-  // m rows of queries against a packed cloud, D of any size. `distances` is scratch of m * round_up(n, 16).
+  // The same for m rows of queries and a packed cloud, D of any size. `distances` is scratch of m * round_up(n, 16).
   void (*knn_rows)(const T* queries, int64_t m, const T* panels, int64_t n, int64_t dims, int64_t k, T* distances,
                    void* scratch, T* dist2, int64_t* idx);
   // Farthest points of `count` clouds of one size, 1 or 2; `scratch` is count * Tree<T>::size(n).
@@ -78,7 +78,8 @@ template <typename T>
 struct PoolKernels {
   SlotKernels<T, uint8_t> bytes;
   SlotKernels<T, int16_t> shorts;
-  // Rows [begin, end) of out (n,c), of one cloud, += the gradients (m,c) of sum and sum of squares of the edges into them.
+  // Rows [begin, end) of out (n,c), of one cloud, += the gradients (m,c) of sum and sum of squares of the edges into
+  // them.
   void (*add_edges)(const Wide<T>* grad_sum, const Wide<T>* grad_sumsq, const T* feats, const int32_t* offsets,
                     const int32_t* edges, GroupShape size, int64_t begin, int64_t end, Wide<T>* out);
   const SlotKernels<T, uint8_t>& of(uint8_t) const { return bytes; }

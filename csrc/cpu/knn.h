@@ -8,7 +8,8 @@
 
 namespace reid3d::REID3D_ISA {
 
-// All points of a cloud by (distance, index), where NaN and overflow count as +inf: what the contract says, word for word.
+// All points of a cloud by (distance, index), where NaN and overflow count as +inf: what the contract says, word for
+// word.
 template <typename T, typename Distance>
 void nearest_of_all(int64_t n, int64_t k, Distance distance, void* scratch, T* dist2, int64_t* idx) {
   Pair<T>* pairs = static_cast<Pair<T>*>(scratch);
@@ -65,8 +66,8 @@ void knn_with(const Tree<T>& queries, int64_t begin, int64_t end, const Tree<T>&
   for (int64_t i = begin; i < end; ++i) {
     const T qx = queries.x[i], qy = queries.y[i], qz = queries.z[i];
     const Point<T> q(qx, qy, qz);
-    // Two bounds of the k-th distance: by the triangle inequality from the query before, and from points next to this one.
-    // What is added covers the rounding.
+    // Two bounds of the k-th distance: by the triangle inequality from the query before, and from points next to this
+    // one. What is added covers the rounding.
     const T radius = std::sqrt(kth) + std::sqrt(squared_distance3(qx, qy, qz, x, y, z));
     T limit = radius * radius * T(1.00001) + T(1e-30);
     if (!(limit < kInf<T>)) limit = kInf<T>;
@@ -151,14 +152,16 @@ void select_rows(int64_t m, const T* distances, int64_t stride, int64_t n, int64
                  T* dist2, int64_t* idx) {
   int32_t lane[kLanes];
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const auto lanes = Vec<int32_t>::load(lane);
   for (int64_t row = 0; row < m; ++row, distances += stride) {
     list.start(kInf<T>);
     for (int64_t first = 0; first < n; first += kLanes)
-      list.push(Vec<T>::load(distances + first), Vec<int32_t>::load(lane) + Vec<int32_t>::all(static_cast<int32_t>(first)));
+      list.push(Vec<T>::load(distances + first), lanes + Vec<int32_t>::all(static_cast<int32_t>(first)));
     if (list.finish() < kInf<T>) {
       list.write(dist2 + row * k, idx + row * k);
     } else {
-      nearest_of_all(n, k, [&](int64_t i) { return Pair<T>{distances[i], i}; }, scratch, dist2 + row * k, idx + row * k);
+      const auto distance = [&](int64_t i) { return Pair<T>{distances[i], i}; };
+      nearest_of_all(n, k, distance, scratch, dist2 + row * k, idx + row * k);
     }
   }
 }

@@ -75,7 +75,8 @@ REID3D_INLINE void sort(Keys* k) {
 
 // ---- candidates
 
-// Distance and index in one number that orders as the pair does: the bits of a float that is not negative order as it does.
+// Distance and index in one number that orders as the pair does: the bits of a float that is not negative order as it
+// does.
 REID3D_INLINE uint64_t key_of(float dist2, int32_t index) {
   uint32_t high;
   std::memcpy(&high, &dist2, sizeof high);

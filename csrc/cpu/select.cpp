@@ -47,4 +47,6 @@ int64_t vector_bits() {
 }  // namespace reid3d
 
 STABLE_TORCH_LIBRARY_FRAGMENT(reid3d, m) { m.def("vector_bits() -> int"); }
-STABLE_TORCH_LIBRARY_IMPL(reid3d, CompositeExplicitAutograd, m) { m.impl("vector_bits", TORCH_BOX(&reid3d::vector_bits)); }
+STABLE_TORCH_LIBRARY_IMPL(reid3d, CompositeExplicitAutograd, m) {
+  m.impl("vector_bits", TORCH_BOX(&reid3d::vector_bits));
+}

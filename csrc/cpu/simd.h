@@ -202,7 +202,9 @@ REID3D_INLINE uint32_t bits(Lanes m) { return m.m; }
 REID3D_INLINE Floats where(Lanes m, Floats a, Floats b) { return {_mm512_mask_mov_ps(b.v, m.m, a.v)}; }
 REID3D_INLINE Ints where(Lanes m, Ints a, Ints b) { return {_mm512_mask_mov_epi32(b.v, m.m, a.v)}; }
 // Compressed in a register: storing compressed is slow on Zen 4.
-REID3D_INLINE void compress(Lanes m, Floats a, float* out) { _mm512_storeu_ps(out, _mm512_maskz_compress_ps(m.m, a.v)); }
+REID3D_INLINE void compress(Lanes m, Floats a, float* out) {
+  _mm512_storeu_ps(out, _mm512_maskz_compress_ps(m.m, a.v));
+}
 REID3D_INLINE void compress(Lanes m, Ints a, int32_t* out) {
   _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(m.m, a.v));
 }
@@ -287,24 +289,27 @@ struct CompressTable {
   }
 };
 constexpr CompressTable kCompress;
+REID3D_INLINE __m256i lanes_of(int mask) {
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(kCompress.lane[mask]));
+}
 REID3D_INLINE void compress(Lanes m, Ints a, int32_t* out) {
   const int low = _mm256_movemask_ps(m.lo), high = _mm256_movemask_ps(m.hi);
-  const auto order = [](int eight) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(kCompress.lane[eight])); };
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(a.lo, order(low)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(a.lo, lanes_of(low)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + __builtin_popcount(static_cast<unsigned>(low))),
-                      _mm256_permutevar8x32_epi32(a.hi, order(high)));
+                      _mm256_permutevar8x32_epi32(a.hi, lanes_of(high)));
 }
 REID3D_INLINE void compress(Lanes m, Floats a, float* out) {
   const int low = _mm256_movemask_ps(m.lo), high = _mm256_movemask_ps(m.hi);
-  const auto order = [](int eight) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(kCompress.lane[eight])); };
-  _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(a.lo, order(low)));
-  _mm256_storeu_ps(out + __builtin_popcount(static_cast<unsigned>(low)), _mm256_permutevar8x32_ps(a.hi, order(high)));
+  _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(a.lo, lanes_of(low)));
+  _mm256_storeu_ps(out + __builtin_popcount(static_cast<unsigned>(low)),
+                   _mm256_permutevar8x32_ps(a.hi, lanes_of(high)));
 }
 REID3D_INLINE Floats with_lane(Floats a, int lane, float x) {
-  const __m256i at = _mm256_set1_epi32(lane), eight = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i at = _mm256_set1_epi32(lane), lo = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i hi = _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15);
   const __m256 value = _mm256_set1_ps(x);
-  return {_mm256_blendv_ps(a.lo, value, _mm256_castsi256_ps(_mm256_cmpeq_epi32(at, eight))),
-          _mm256_blendv_ps(a.hi, value, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_sub_epi32(at, _mm256_set1_epi32(8)), eight)))};
+  return {_mm256_blendv_ps(a.lo, value, _mm256_castsi256_ps(_mm256_cmpeq_epi32(at, lo))),
+          _mm256_blendv_ps(a.hi, value, _mm256_castsi256_ps(_mm256_cmpeq_epi32(at, hi)))};
 }
 REID3D_INLINE float reduce_max(Floats a) {
   const __m256 m = _mm256_max_ps(a.lo, a.hi);

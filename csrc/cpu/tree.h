@@ -1,6 +1,6 @@
 // A cloud along the Z-curve, in leaves of 16 points with their boxes, in nodes of 16 leaves, and so on up. Search and
-// sampling skip what a box shows to be too far. A box never lies: rounding is monotone, so that the distance to the box,
-// rounded as distances are, is at most the rounded distance to any point inside.
+// sampling skip what a box shows to be too far. A box never lies: rounding is monotone, so that the distance to the
+// box, rounded as distances are, is at most the rounded distance to any point inside.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +12,14 @@ constexpr int kMaxLevels = 7;  // 16^8 points at most
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Where the parts of a tree are in one piece of memory. Arrays are padded to whole vectors: points with NaN, which is near
-// nothing, in index order after the others.
+// Where the parts of a tree are in one piece of memory. Arrays are padded to whole vectors: points with NaN, which is
+// near nothing.
 template <typename T>
 struct Tree {
   int64_t n = 0;       // points
   int levels = 1;      // level 0: the boxes of leaves; the last has at most 16 boxes
   T *x, *y, *z;        // coordinates along the curve
-  int32_t* index;      // the point's place in the cloud
+  int32_t* index;      // of the point in the cloud
   struct Level {
     int64_t count;     // boxes
     T *lo[3], *hi[3];

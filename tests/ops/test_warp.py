@@ -1,5 +1,5 @@
-"""The kernels in C++: every program here, cpu_*.cpp of the CPU, warp_*.cpp of the logic of CUDA on the host, is compiled
-with the sanitizers and run."""
+"""The kernels in C++: every program here, cpu_*.cpp of the CPU, warp_*.cpp of the logic of CUDA on the host, compiled with
+the sanitizers and run."""
 
 import os
 import platform
