@@ -89,7 +89,6 @@ REID3D_LANES(Mask, operator<, Vec, Vec, a.v[i] < b.v[i])
 REID3D_LANES(Mask, operator<=, Vec, Vec, a.v[i] <= b.v[i])
 REID3D_LANES(Mask, operator==, Vec, Vec, a.v[i] == b.v[i])
 REID3D_LANES(Mask, unordered, Vec, Vec, (a.v[i] != a.v[i]) | (b.v[i] != b.v[i]))
-REID3D_LANES(Mask, operator&, Mask, Mask, a.v[i] & b.v[i])
 REID3D_LANES(Mask, operator|, Mask, Mask, a.v[i] | b.v[i])
 #undef REID3D_LANES
 
@@ -121,19 +120,6 @@ REID3D_INLINE Vec<T> where(const Mask<U>& m, const Vec<T>& a, const Vec<T>& b) {
   Vec<T> r;
   REID3D_UNROLL for (int i = 0; i < Vec<T>::kParts; ++i) r.v[i] = m.v[i] ? a.v[i] : b.v[i];
   return r;
-}
-
-// The lanes of m, one after the other; up to 16 values are written, whatever follows them is overwritten.
-template <typename T, typename U>
-REID3D_INLINE void compress(const Mask<U>& m, const Vec<T>& a, T* out) {
-  T lane[kLanes];
-  a.store(lane);
-  const uint32_t set = bits(m);
-  int count = 0;
-  for (int i = 0; i < kLanes; ++i) {
-    out[count] = lane[i];
-    count += set >> i & 1;
-  }
 }
 
 // Vec with one lane changed. Written so, and not through memory, the whole can be loaded again without waiting.
@@ -196,12 +182,12 @@ REID3D_INLINE Lanes operator<(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a
 REID3D_INLINE Lanes operator<=(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
 REID3D_INLINE Lanes operator==(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 REID3D_INLINE Lanes unordered(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q)}; }
-REID3D_INLINE Lanes operator&(Lanes a, Lanes b) { return {_mm512_kand(a.m, b.m)}; }
 REID3D_INLINE Lanes operator|(Lanes a, Lanes b) { return {_mm512_kor(a.m, b.m)}; }
 REID3D_INLINE uint32_t bits(Lanes m) { return m.m; }
 REID3D_INLINE Floats where(Lanes m, Floats a, Floats b) { return {_mm512_mask_mov_ps(b.v, m.m, a.v)}; }
 REID3D_INLINE Ints where(Lanes m, Ints a, Ints b) { return {_mm512_mask_mov_epi32(b.v, m.m, a.v)}; }
-// Compressed in a register: storing compressed is slow on Zen 4.
+// The lanes of m, one after the other; 16 values are written, what follows those of m is overwritten. Compressed in a
+// register: storing compressed is slow on Zen 4.
 REID3D_INLINE void compress(Lanes m, Floats a, float* out) {
   _mm512_storeu_ps(out, _mm512_maskz_compress_ps(m.m, a.v));
 }
@@ -213,7 +199,6 @@ REID3D_INLINE Floats with_lane(Floats a, int lane, float x) {
 }
 REID3D_INLINE float reduce_max(Floats a) { return _mm512_reduce_max_ps(a.v); }
 REID3D_INLINE float reduce_min(Floats a) { return _mm512_reduce_min_ps(a.v); }
-REID3D_INLINE int32_t reduce_min(Ints a) { return _mm512_reduce_min_epi32(a.v); }
 
 #elif defined(__AVX2__)
 // ---- AVX2: two halves, a mask is all ones in its lanes
@@ -267,7 +252,6 @@ REID3D_COMPARE(operator<=, _CMP_LE_OQ)
 REID3D_COMPARE(operator==, _CMP_EQ_OQ)
 REID3D_COMPARE(unordered, _CMP_UNORD_Q)
 #undef REID3D_COMPARE
-REID3D_INLINE Lanes operator&(Lanes a, Lanes b) { return {_mm256_and_ps(a.lo, b.lo), _mm256_and_ps(a.hi, b.hi)}; }
 REID3D_INLINE Lanes operator|(Lanes a, Lanes b) { return {_mm256_or_ps(a.lo, b.lo), _mm256_or_ps(a.hi, b.hi)}; }
 REID3D_INLINE uint32_t bits(Lanes m) {
   return static_cast<uint32_t>(_mm256_movemask_ps(m.lo) | _mm256_movemask_ps(m.hi) << 8);
@@ -292,6 +276,7 @@ constexpr CompressTable kCompress;
 REID3D_INLINE __m256i lanes_of(int mask) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(kCompress.lane[mask]));
 }
+// The lanes of m, one after the other; up to 16 values are written, whatever follows those of m is overwritten.
 REID3D_INLINE void compress(Lanes m, Ints a, int32_t* out) {
   const int low = _mm256_movemask_ps(m.lo), high = _mm256_movemask_ps(m.hi);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(a.lo, lanes_of(low)));
@@ -322,12 +307,6 @@ REID3D_INLINE float reduce_min(Floats a) {
   __m128 r = _mm_min_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
   r = _mm_min_ps(r, _mm_movehl_ps(r, r));
   return _mm_cvtss_f32(_mm_min_ss(r, _mm_shuffle_ps(r, r, 1)));
-}
-REID3D_INLINE int32_t reduce_min(Ints a) {
-  const __m256i m = _mm256_min_epi32(a.lo, a.hi);
-  __m128i r = _mm_min_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
-  r = _mm_min_epi32(r, _mm_shuffle_epi32(r, 0x4e));
-  return _mm_cvtsi128_si32(_mm_min_epi32(r, _mm_shuffle_epi32(r, 0xb1)));
 }
 #endif
 
