@@ -1,5 +1,4 @@
-"""The kernels in C++: every program here, cpu_*.cpp of the CPU, warp_*.cpp of the logic of CUDA on the host, compiled with
-the sanitizers and run."""
+"""The kernels in C++, compiled and run with the sanitizers: cpu_*.cpp those of the CPU, warp_*.cpp the logic of CUDA."""
 
 import os
 import platform
