@@ -69,7 +69,7 @@ def test_equals_the_reference_with_its_slots(m, k, c, dtype, device, rng):
 def test_nan_wins_and_infinity_is_a_number(dtype, k, device, rng):
     feats, idx = problem(rng, n=40, m=60, k=k, c=37, dtype=dtype, device=device)
     kinds = torch.tensor(rng.choice([1.0, math.nan, math.inf, -math.inf], feats.shape, p=[0.9, 0.04, 0.03, 0.03]))
-    feats = torch.where(kinds == 1, feats, kinds.to(feats))
+    feats = torch.where(kinds.to(device) == 1, feats, kinds.to(feats))
     feats[0, ::2, 0] = -math.nan  # its sign says nothing
     results = torch.ops.reid3d.edge_pool(feats, idx, None, None)
     for result, expected in zip(results, edge_pool_reference(feats, idx), strict=True):
@@ -125,11 +125,11 @@ def backward_by_hand(grads, feats, idx, slots) -> list:
     wide = np.float64 if feats.dtype == torch.float64 else np.float32
     *grads, x = (t.cpu().to(sums(feats.dtype)).numpy() for t in (*grads, feats))
     parts = [np.zeros_like(x) for _ in range(4)]
-    B, M, K = idx.shape
-    for b, m, k in np.ndindex(B, M, K):
+    idx, *slots = (t.cpu().numpy() for t in (idx, *slots))
+    for b, m, k in np.ndindex(idx.shape):
         j = idx[b, m, k]
         for part, grad, slot in zip(parts, grads, [*slots, None, None], strict=True):
-            won = True if slot is None else slot[b, m].cpu().numpy() == k
+            won = True if slot is None else slot[b, m] == k
             part[b, j] += np.where(won, grad[b, m], wide(0))
     return ((parts[0] + parts[1]) + parts[2]) + wide(2) * x * parts[3]
 

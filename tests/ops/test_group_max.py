@@ -52,7 +52,7 @@ def test_nan_wins_and_infinity_is_a_number(dtype, device):
 def test_undefined_values_anywhere(dtype, k, device, rng):
     feats, idx = problem(rng, n=40, m=60, k=k, c=37, dtype=dtype, device=device)
     kinds = torch.tensor(rng.choice([1.0, math.nan, math.inf, -math.inf], feats.shape, p=[0.9, 0.04, 0.03, 0.03]))
-    feats = torch.where(kinds == 1, feats, kinds.to(feats))
+    feats = torch.where(kinds.to(device) == 1, feats, kinds.to(feats))
     feats[0, ::2, 0] = -math.nan  # its sign says nothing
     result, expected = torch.ops.reid3d.group_max(feats, idx, None, None), group_max_reference(feats, idx)
     assert torch.equal(result[1], expected[1])
