@@ -1,4 +1,4 @@
-"""The kernels in C++, compiled and run with the sanitizers: cpu_*.cpp those of the CPU, warp_*.cpp the logic of CUDA."""
+"""The kernels in C++ under the sanitizers: cpu_*.cpp those of the CPU, warp_*.cpp the logic of CUDA on the host."""
 
 import os
 import platform
