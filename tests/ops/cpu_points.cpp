@@ -86,7 +86,7 @@ int main() {
 #if defined(__AVX2__)
         if (k <= 32) check_search<native::SortedList<4>>(rows, n, k);
 #endif
-        check_search<native::HeapList<float>>(rows, n, k);
+        check_search<native::PairList<float>>(rows, n, k);
       }
     }
 }

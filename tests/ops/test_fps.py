@@ -33,9 +33,13 @@ def test_equals_the_reference(kind, n, m, start, dtype, device, rng):
     assert torch.equal(farthest_point_sample(xyz, m, start), farthest_point_sample_reference(xyz, m, start))
 
 
-def test_a_large_cloud_equals_the_reference(device, rng):
-    xyz = torch.tensor(rng.random((2, 4096, 3)), dtype=torch.float32, device=device)
-    assert torch.equal(farthest_point_sample(xyz, 768), farthest_point_sample_reference(xyz, 768, 0))
+@pytest.mark.parametrize("places", [4096, 2048, 900])  # with fewer than 4096, points coincide
+def test_a_large_cloud_equals_the_reference_in_both_precisions(places, device, rng):
+    xyz = torch.tensor(rng.random((2, places, 3)), dtype=torch.float32, device=device)
+    xyz = xyz[:, torch.tensor(rng.permutation(np.arange(4096) % places), device=device)]
+    picked = farthest_point_sample(xyz, 768)
+    assert torch.equal(picked, farthest_point_sample_reference(xyz, 768, 0))
+    assert torch.equal(picked, farthest_point_sample_reference(xyz.double(), 768, 0))
 
 
 @pytest.mark.parametrize(("batch", "n"), [(1, 5000), (5, 5000), (2, 70000)])
