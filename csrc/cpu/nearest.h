@@ -78,17 +78,9 @@ REID3D_INLINE void sort(Keys* k) {
 // Distance and index in one number that orders as the pair does: the bits of a float that is not negative order as it
 // does.
 REID3D_INLINE uint64_t key_of(float dist2, int32_t index) {
-  uint32_t high;
-  std::memcpy(&high, &dist2, sizeof high);
-  return static_cast<uint64_t>(high) << 32 | static_cast<uint32_t>(index);
+  return static_cast<uint64_t>(bits_of(dist2)) << 32 | static_cast<uint32_t>(index);
 }
-
-REID3D_INLINE float distance_of(uint64_t key) {
-  const uint32_t high = static_cast<uint32_t>(key >> 32);
-  float dist2;
-  std::memcpy(&dist2, &high, sizeof dist2);
-  return dist2;
-}
+REID3D_INLINE float distance_of(uint64_t key) { return float_of(static_cast<uint32_t>(key >> 32)); }
 
 constexpr uint64_t kNoKey = ~uint64_t{0} >> 1;  // larger than any pair
 
@@ -174,7 +166,7 @@ struct Pair {
 };
 
 template <typename T>
-class HeapList {
+class PairList {
   Pair<T>* pairs_;
   int64_t k_, room_, count_ = 0;
   T limit_;
@@ -187,7 +179,7 @@ class HeapList {
   }
 
  public:
-  HeapList(int64_t k, void* scratch) : pairs_(static_cast<Pair<T>*>(scratch)), k_(k), room_(k + (k > 64 ? k : 64)) {}
+  PairList(int64_t k, void* scratch) : pairs_(static_cast<Pair<T>*>(scratch)), k_(k), room_(k + (k > 64 ? k : 64)) {}
 
   void start(T limit) { limit_ = limit, count_ = 0; }
   T limit() const { return limit_; }
@@ -226,7 +218,7 @@ void with_list(int64_t k, void* scratch, F&& f) {
     if (k <= 64) return f(SortedList<8>(k, scratch));
   }
 #endif
-  f(HeapList<T>(k, scratch));
+  f(PairList<T>(k, scratch));
 }
 
 }  // namespace reid3d::REID3D_ISA

@@ -6,17 +6,6 @@
 
 namespace reid3d::REID3D_ISA {
 
-REID3D_INLINE float float_of(uint32_t bits) {
-  float r;
-  std::memcpy(&r, &bits, sizeof r);
-  return r;
-}
-REID3D_INLINE uint32_t bits_of(float x) {
-  uint32_t r;
-  std::memcpy(&r, &x, sizeof r);
-  return r;
-}
-
 REID3D_INLINE float widened(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 REID3D_INLINE float widened(Half x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;

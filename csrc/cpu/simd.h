@@ -23,6 +23,17 @@ namespace reid3d::REID3D_ISA {
 
 constexpr int kLanes = 16;
 
+REID3D_INLINE float float_of(uint32_t bits) {
+  float r;
+  std::memcpy(&r, &bits, sizeof r);
+  return r;
+}
+REID3D_INLINE uint32_t bits_of(float x) {
+  uint32_t r;
+  std::memcpy(&r, &x, sizeof r);
+  return r;
+}
+
 // ---- any type, any machine
 // In parts as wide as the registers: the compiler computes wider ones number by number. A lane of a mask is 0 or -1.
 #if defined(__AVX512F__)

@@ -16,8 +16,8 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 // near nothing.
 template <typename T>
 struct Tree {
-  int64_t n = 0;       // points
-  int levels = 1;      // level 0: the boxes of leaves; the last has at most 16 boxes
+  int64_t n;           // points
+  int levels;          // level 0: the boxes of leaves; the last has at most 16 boxes
   T *x, *y, *z;        // coordinates along the curve
   int32_t* index;      // of the point in the cloud
   struct Level {
