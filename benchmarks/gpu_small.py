@@ -38,4 +38,7 @@ for k in (32, 33, 64, 65, 128, 129, 257):  # lists of neighbours of every length
         ops.knn(cloud, cloud, k)
 ops.group_max(rows(2, 300, 8), torch.randint(300, (2, 5, 300), device="cuda")).sum().backward()  # slots beyond uint8
 ops.knn(torch.zeros(1, 300, 3, device="cuda"), torch.zeros(1, 300, 3, device="cuda"), 20)  # nothing but ties
+for faces in (0, 1, 500):
+    corners = torch.randint(300, (faces, 3), device="cuda")
+    ops.rasterize(torch.rand(2, 300, 3, device="cuda") * 40 - 4, corners, 33, 17)
 torch.cuda.synchronize()

@@ -58,6 +58,7 @@ def check_ops(device: str) -> dict[str, str]:
 
     line = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [3, 0, 0]]], device=device)
     pairs = torch.tensor([[[0, 1], [1, 0], [2, 1]]], device=device)
+    corner = torch.tensor([[[0.0, 0, 1], [0, 2, 1], [2, 0, 1]]], device=device)
     runs: dict[str, tuple[Callable[[], torch.Tensor], list]] = {
         "knn": (lambda: ops.knn(line, line, 2).idx, pairs.tolist()),
         "farthest_point_sample": (lambda: ops.farthest_point_sample(line, 3), [[0, 2, 1]]),
@@ -66,6 +67,7 @@ def check_ops(device: str) -> dict[str, str]:
         "edge_pool": (lambda: ops.edge_pool(line, pairs).sumsq, [[[1, 0, 0], [1, 0, 0], [10, 0, 0]]]),
         "morton_order": (lambda: ops.morton_order(line), [[0, 1, 2]]),
         "transpose_graph": (lambda: ops.transpose_graph(pairs, 3).edges, [[0, 3, 1, 2, 5, 4]]),
+        "rasterize": (lambda: ops.rasterize(corner, pairs.new_tensor([[0, 1, 2]]), 2, 2).face, [[[0, 0], [0, -1]]]),
     }
     results = {}
     for name, (run, expected) in runs.items():

@@ -8,6 +8,7 @@
 #include "fps.h"
 #include "group_max.h"
 #include "knn.h"
+#include "rasterize.h"
 
 #define REID3D_TEXT_(name) #name
 #define REID3D_TEXT(name) REID3D_TEXT_(name)
@@ -24,7 +25,8 @@ template <typename T>
 constexpr PoolKernels<T> kPoolKernels = {kSlotKernels<T, uint8_t>, kSlotKernels<T, int16_t>, add_edges<T>};
 
 extern const Kernels kernels;
-const Kernels kernels = {REID3D_TEXT(REID3D_ISA), kPointKernels<float>, kPointKernels<double>, kPoolKernels<float>,
-                         kPoolKernels<double>,    kPoolKernels<Half>,   kPoolKernels<BFloat16>};
+const Kernels kernels = {
+    REID3D_TEXT(REID3D_ISA), rasterize,         kPointKernels<float>,  kPointKernels<double>, kPoolKernels<float>,
+    kPoolKernels<double>,    kPoolKernels<Half>, kPoolKernels<BFloat16>};
 
 }  // namespace reid3d::REID3D_ISA

@@ -88,6 +88,9 @@ struct PoolKernels {
 
 struct Kernels {
   const char* isa;
+  // One body; depth and face (height,width) hold +inf and -1. `corners`: see rasterize.h.
+  void (*rasterize)(const float* points, const int32_t* corners, int64_t faces, int64_t height, int64_t width,
+                    float* depth, int64_t* face);
   PointKernels<float> f;
   PointKernels<double> d;
   PoolKernels<float> pool_f;

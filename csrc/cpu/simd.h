@@ -133,6 +133,22 @@ REID3D_INLINE Vec<T> where(const Mask<U>& m, const Vec<T>& a, const Vec<T>& b) {
   return r;
 }
 
+template <typename T>
+REID3D_INLINE Vec<T> floor(const Vec<T>& a) {
+  T lane[kLanes];
+  a.store(lane);
+  for (int i = 0; i < kLanes; ++i) lane[i] = std::floor(lane[i]);
+  return Vec<T>::load(lane);
+}
+
+// The numbers at p[at[0]], p[at[1]] ...
+template <typename T>
+REID3D_INLINE Vec<T> gather(const T* p, const int32_t* at) {
+  T lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) lane[i] = p[at[i]];
+  return Vec<T>::load(lane);
+}
+
 // Vec with one lane changed. Written so, and not through memory, the whole can be loaded again without waiting.
 template <typename T>
 REID3D_INLINE Vec<T> with_lane(Vec<T> a, int lane, T x) {
@@ -197,6 +213,10 @@ REID3D_INLINE Lanes operator|(Lanes a, Lanes b) { return {_mm512_kor(a.m, b.m)};
 REID3D_INLINE uint32_t bits(Lanes m) { return m.m; }
 REID3D_INLINE Floats where(Lanes m, Floats a, Floats b) { return {_mm512_mask_mov_ps(b.v, m.m, a.v)}; }
 REID3D_INLINE Ints where(Lanes m, Ints a, Ints b) { return {_mm512_mask_mov_epi32(b.v, m.m, a.v)}; }
+REID3D_INLINE Floats floor(Floats a) { return {_mm512_floor_ps(a.v)}; }
+REID3D_INLINE Floats gather(const float* p, const int32_t* at) {
+  return {_mm512_i32gather_ps(Ints::load(at).v, p, sizeof(float))};
+}
 // The lanes of m, one after the other; 16 values are written, what follows those of m is overwritten. Compressed in a
 // register: storing compressed is slow on Zen 4.
 REID3D_INLINE void compress(Lanes m, Floats a, float* out) {
@@ -254,6 +274,7 @@ REID3D_INLINE Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.lo, b.lo)
 REID3D_INLINE Floats add_square(Floats a, Floats b) {
   return {_mm256_fmadd_ps(b.lo, b.lo, a.lo), _mm256_fmadd_ps(b.hi, b.hi, a.hi)};
 }
+REID3D_INLINE Floats floor(Floats a) { return {_mm256_floor_ps(a.lo), _mm256_floor_ps(a.hi)}; }
 #define REID3D_COMPARE(name, how)                                                             \
   REID3D_INLINE Lanes name(Floats a, Floats b) {                                              \
     return {_mm256_cmp_ps(a.lo, b.lo, how), _mm256_cmp_ps(a.hi, b.hi, how)};                  \

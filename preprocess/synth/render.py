@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from reid3d.ops import rasterize
+from reid3d.ops.rasterize import barycentric
+
 from ..body import axis_angle_to_matrix, load_body, vertex_normals
-from ..zbuffer import barycentric, rasterize
 from .people import People, Tailor, choice, normal, sample_colours, uniform
 
 HEIGHT, WIDTH = 128, 64

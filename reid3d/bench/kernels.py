@@ -22,20 +22,27 @@ class Sizes(NamedTuple):
     channels: int = 64
     wide: tuple[int, ...] = (768, 96)  # points in the feature space of its last stages
     width: int = 515
+    crops: tuple[tuple[int, int], ...] = ((128, 64), (256, 128))  # pixels
 
 
 SIZES = Sizes()
 
 
-def bodies(batch: int, points: int, seed: int = 0) -> Tensor:
-    """Points on the surface of the embedded body, evenly by area: people of different shapes and poses, metres."""
+def meshes(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The embedded body as people of different shapes and poses: vertices (B,V,3) metres, y up, and faces (F,3)."""
     from ..preprocess.body import axis_angle_to_matrix, load_body
 
-    generator = torch.Generator().manual_seed(seed)
     body = load_body()
     pose = axis_angle_to_matrix(0.2 * torch.randn(batch, 24, 3, generator=generator))
     with torch.no_grad():
-        corners = body(pose, torch.randn(batch, 10, generator=generator)).verts[:, body.faces]  # (B,F,3,3)
+        return body(pose, torch.randn(batch, 10, generator=generator)).verts, body.faces
+
+
+def bodies(batch: int, points: int, seed: int = 0) -> Tensor:
+    """Points on the surface of the embedded body, evenly by area: people of different shapes and poses, metres."""
+    generator = torch.Generator().manual_seed(seed)
+    verts, faces = meshes(batch, generator)
+    corners = verts[:, faces]  # (B,F,3,3)
     edges = corners[:, :, 1:] - corners[:, :, :1]
     area = torch.linalg.cross(edges[:, :, 0], edges[:, :, 1]).norm(dim=2)
     face = area.multinomial(points, replacement=True, generator=generator)
@@ -145,6 +152,8 @@ def cases(device: torch.device, peers: dict[str, Any], threads: int) -> Iterator
             yield edge_pool_case(wide, graph, backward)
         yield edge_conv_case(wide, graph)
         yield morton_case(cloud)
+        for height, width in s.crops:
+            yield rasterize_case(batch, height, width, device)
         generator = torch.Generator().manual_seed(2)
         cloud = torch.rand(batch, s.points, 3, generator=generator).to(device)
         yield knn_case(cloud, s.k, "uniform", peers, threads)
@@ -445,4 +454,20 @@ def morton_case(xyz: Tensor) -> Case:
     right = _equal(ops.morton_order_reference(xyz))
     case.add("reid3d.ops.morton_order", lambda: ops.morton_order(xyz), right, kind="ours")
     case.add("plain torch", lambda: ops.morton_order_reference(xyz), right)
+    return case
+
+
+def rasterize_case(batch: int, height: int, width: int, device: torch.device) -> Case:
+    verts, faces = meshes(batch, torch.Generator().manual_seed(0))
+    faces = faces.to(device)
+    low, high = verts.amin(1, keepdim=True), verts.amax(1, keepdim=True)
+    scale = 0.92 * height / (high - low)[..., 1:2]
+    xy = (verts - (low + high) / 2)[..., :2] * torch.tensor([1.0, -1]) * scale + torch.tensor([width / 2, height / 2])
+    points = torch.cat([xy, -verts[..., 2:]], 2).to(device)
+    case = Case("rasterize", f"body {batch} x {faces.shape[0]} faces to {height} x {width}")
+    right = _equal(ops.rasterize_reference(points, faces, height, width)[1])
+    ours = partial(ops.rasterize, points, faces, height, width)
+    case.add("reid3d.ops.rasterize", ours, lambda out: right(out.face), kind="ours")
+    plain = partial(ops.rasterize_reference, points, faces, height, width)
+    case.add("plain torch", plain, lambda out: right(out[1]))
     return case

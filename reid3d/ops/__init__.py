@@ -1,4 +1,4 @@
-"""Point-cloud ops on (B,N,D) tensors: one contract, and from the compiled kernels the same indices on every device.
+"""Point-cloud ops on (B,N,D) tensors, and a z-buffer: one contract, from the compiled kernels the same on every device.
 
 Each op is one file: contract, wrapper, plain-torch reference, schema, fake kernel, gradient. The compiled kernels in
 reid3d/_C.so (CPU) and reid3d/_C_cuda.so replace the references on their device; REID3D_NO_EXTENSION=1 in the
@@ -21,10 +21,12 @@ from .fps import farthest_point_sample, farthest_point_sample_reference
 from .group_max import group_max, group_max_reference
 from .knn import KNN, knn, knn_reference
 from .morton import morton_order, morton_order_reference
+from .rasterize import Fragments, rasterize, rasterize_reference
 from .transpose import TransposedGraph, transpose_graph, transpose_graph_reference
 
 __all__ = [
     "EdgePool",
+    "Fragments",
     "KNN",
     "TransposedGraph",
     "backend",
@@ -41,6 +43,8 @@ __all__ = [
     "morton_order",
     "morton_order_reference",
     "pyg",
+    "rasterize",
+    "rasterize_reference",
     "transpose_graph",
     "transpose_graph_reference",
 ]

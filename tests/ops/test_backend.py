@@ -68,7 +68,7 @@ def test_unknown_instructions_are_refused():
 
 def test_cuda_library_loads_beside_any_torch_and_registers_its_kernels():
     path = PACKAGE / "_C_cuda.so"
-    ops = ["knn", "farthest_point_sample", "ball_query", "morton_order", "transpose_graph"]
+    ops = ["knn", "farthest_point_sample", "ball_query", "morton_order", "transpose_graph", "rasterize"]
     ops += ["group_max", "group_max_backward", "edge_pool", "edge_pool_backward"]
     found = run(
         "import sys, torch, reid3d.ops\n"
@@ -86,6 +86,7 @@ def test_report_is_json_and_every_op_works():
     assert info["extension_error"] is None
     assert set(info["ops"]) == {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
     names = ["knn", "farthest_point_sample", "ball_query", "group_max", "edge_pool", "morton_order", "transpose_graph"]
+    names.append("rasterize")
     assert all(results == dict.fromkeys(names, "ok") for results in info["ops"].values())
     assert "on cpu    ball_query: ok" in doctor.format_report(info).splitlines()
 
