@@ -1,21 +1,164 @@
-"""Fits the embedded body to crops."""
+"""Bodies fitted to crops: what every fitter gives, the embedded one, and the upright body for crops that none can fit.
 
+A fitter is named by a specification, KIND or KIND:FILE, see FITTERS; `load_fitter` makes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.resources import as_file, files
+from math import pi
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .body import load_body
-from .camera import check_images
-from .hmr import INPUT_SIZE, Regressor
+from .body import JOINT_NAMES, NUM_BETAS, NUM_JOINTS, Body, axis_angle_to_matrix, load_body
+from .camera import check_crops, cut_window
+from .hmr import INPUT_SIZE, Regressed, Regressor
 
 FORMAT = "reid3d-fitter-1"
 WEIGHTS = "fitter.safetensors"
+# Of the confidence: metres between the joints where it is 1/2, and how it falls there. Fitted to the embedded
+# regressor's errors on held-out synthetic crops.
+EVEN_ODDS, STEEPNESS = 0.14, 3.2
+FITTERS = {
+    "default": "the embedded regressor, trained on synthetic people",
+    "spin:FILE": "SPIN's checkpoint model_checkpoint.pt, or any in its layout",
+    "hmr2:FILE": "HMR 2.0's checkpoint (4D-Humans)",
+    "params:FILE.npz": "what another estimator found, see reid3d.preprocess.params",
+    "mean": "an upright body that fills the crop, whatever is in it",
+}
+
+
+@dataclass(frozen=True)
+class BodyFit:
+    """Bodies fitted to B crops, in the camera frame of the clouds (x right, y down, z away, metres)."""
+
+    verts: Tensor  # (B,V,3)
+    cam: Tensor  # (B,3) weak perspective [s, tx, ty], see camera.py
+    confidence: Tensor  # (B,) how far to trust it, 0..1
+    rotmats: Tensor | None = None  # (B,24,3,3); None where only the vertices are known, as for the two below
+    betas: Tensor | None = None  # (B,10) of the fitter's body
+    joints: Tensor | None = None  # (B,24,3)
+
+    def select(self, crops: Tensor) -> BodyFit:
+        """The fits of the crops where crops (B,) is true."""
+        values: list[Any] = [None if v is None else v[crops] for v in self._values()]
+        return BodyFit(*values)
+
+    def replace(self, crops: Tensor, fit: BodyFit) -> BodyFit:
+        """The fits with those of the crops where crops (B,) is true replaced by others."""
+        pairs = zip(self._values(), fit._values(), strict=True)
+        values: list[Any] = [None if a is None or b is None else a.index_put((crops,), b) for a, b in pairs]
+        return BodyFit(*values)
+
+    def _values(self) -> list[Tensor | None]:
+        return [getattr(self, f.name) for f in fields(self)]
+
+
+class Fitter(nn.Module):
+    """What all fitters are: a module that is called with crops and their names.
+
+    body: the `Body` that is fitted. faces: (F,3) of the vertices that a fit has, those of the body unless it says
+    otherwise. Everything that a fit depends on is a parameter or a buffer, so that `fingerprint` can tell two apart.
+    """
+
+    body: Body
+
+    @property
+    def faces(self) -> Tensor:
+        return self.body.faces
+
+    def forward(self, crops: Sequence[np.ndarray], names: Sequence[str]) -> BodyFit:
+        """Fit B crops.
+
+        Args:
+            crops: B arrays (H,W,3) uint8 RGB of any sizes and proportions, not stretched: a person each, upright and
+                filling most of the height.
+            names: B names of the crops, as in a manifest. Only the fitter of `params:` looks at them.
+
+        Raises:
+            TypeError: crops are not uint8. ValueError: crops are not (H,W,3).
+        """
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """A short name for everything that the fits depend on."""
+        digest = hashlib.sha256(type(self).__name__.encode())
+        for name, tensor in sorted([*self.named_parameters(), *self.named_buffers()], key=lambda item: item[0]):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_fitter(spec: str = "default", body: Body | None = None) -> Fitter:
+    """The fitter that a specification names.
+
+    Args:
+        spec: one of FITTERS.
+        body: a licensed SMPL body (`reid3d.preprocess.smpl.load_smpl`) instead of the embedded one. Poses carry over
+            between bodies, betas do not: a fitter that was trained with the other kind leaves them at 0.
+
+    Raises:
+        ValueError: spec names no fitter, or a file that does not fit. FileNotFoundError: there is no such file.
+    """
+    kind, colon, file = spec.partition(":")
+    if spec == "default":
+        return EmbeddedFitter(body=body)
+    if spec == "mean":
+        return UprightFitter(body)
+    if colon and file and kind in ("spin", "hmr2", "params"):
+        if kind == "spin":
+            from .spin import SpinFitter
+
+            return SpinFitter(file, body)
+        if kind == "hmr2":
+            from .hmr2 import Hmr2Fitter
+
+            return Hmr2Fitter(file, body)
+        from .params import ParamsFitter
+
+        return ParamsFitter(file, body)
+    raise ValueError(f"fitter must be one of {', '.join(FITTERS)}, got {spec!r}")
+
+
+def mirror(rotmats: Tensor) -> Tensor:
+    """The poses (B,24,3,3) of people as a mirror shows them, left and right exchanged."""
+    sides = {"left": "right", "right": "left"}
+    parts = [name.partition("_") for name in JOINT_NAMES]
+    other = [JOINT_NAMES.index(sides.get(side, side) + bar + joint) for side, bar, joint in parts]
+    flip = rotmats.new_tensor([-1, 1, 1])
+    return rotmats[:, other] * flip[:, None] * flip
+
+
+def fit_both_ways(net: nn.Module, images: Tensor, tall: Sequence[float], body: Body, knows_betas: bool) -> BodyFit:
+    """Bodies by a network that gives `Regressed` of windows (B,3,H,W), each `tall` crop heights high.
+
+    The network sees the mirrored windows too. How far the joints that it finds there are from the others, mirrored
+    back, tells how far to trust either; the confidence is 1/2 where they are 14 cm apart on average. Betas are 0 unless
+    the network knows those of the body.
+    """
+    both = net(torch.cat([images, images.flip(3)]))
+    out, mirrored = (Regressed(*half) for half in zip(*(part.chunk(2) for part in both), strict=True))
+    cam = torch.cat([out.cam[:, :1] * out.cam.new_tensor(tall)[:, None], out.cam[:, 1:]], 1)
+    betas = out.betas if knows_betas else torch.zeros_like(out.betas)
+    posed = body(out.rotmats, betas)
+    _, other = body.joints(mirror(mirrored.rotmats), betas)
+    apart = (posed.joints - posed.joints[:, :1] - other + other[:, :1]).norm(dim=2).mean(1)
+    confidence = 1 / (1 + (apart / EVEN_ODDS) ** STEEPNESS)
+    return BodyFit(posed.verts, cam, confidence, out.rotmats, betas, posed.joints)
+
+
+def own_body(body: Body | None) -> Body:
+    """A copy of a body, the embedded one for None: .to() must not move the one that others share."""
+    return deepcopy(body if body is not None else load_body("full"))
 
 
 def load_regressor(path: Path) -> tuple[Regressor, dict[str, str]]:
@@ -39,65 +182,78 @@ def load_regressor(path: Path) -> tuple[Regressor, dict[str, str]]:
     return regressor, note
 
 
-@dataclass(frozen=True)
-class BodyFit:
-    """Bodies fitted to B crops, in the camera frame of the clouds (x right, y down, z away, metres)."""
+class EmbeddedFitter(Fitter):
+    """Body and camera of each crop by a small regressor trained on synthetic people (train_fitter.py).
 
-    rotmats: Tensor  # (B,24,3,3)
-    betas: Tensor  # (B,10)
-    cam: Tensor  # (B,3) weak perspective [s, tx, ty], see camera.py
-    verts: Tensor  # (B,V,3)
-    joints: Tensor  # (B,24,3)
-
-
-class Fitter(nn.Module):
-    """Body and camera of each crop, by one pass of a small regressor trained on synthetic people (train_fitter.py).
+    The confidence, see `fit_both_ways`, is the share of held-out synthetic crops so confident whose vertices are less
+    than 150 mm off on average (benchmarks/convert.py).
 
     Args:
         weights: a file written by train_fitter.py; None for the embedded ones.
+        body: None for the embedded body; with another one the betas stay 0.
 
     Raises:
         ValueError: the file is not such a file. FileNotFoundError: there is none.
     """
 
-    def __init__(self, weights: str | Path | None = None) -> None:
+    TALLEST = 1.25  # crop heights: a person smaller than 1 / 1.25 of the window was rare in training
+
+    def __init__(self, weights: str | Path | None = None, body: Body | None = None) -> None:
         super().__init__()
-        self.body = deepcopy(load_body("full"))  # .to() must not move the one that others share
+        self.body, self.knows_betas = own_body(body), body is None
         if weights is None:
             with as_file(files("reid3d.preprocess") / "assets" / WEIGHTS) as embedded:
-                self.regressor, _ = load_regressor(embedded)
+                regressor, _ = load_regressor(embedded)
         else:
-            self.regressor, _ = load_regressor(Path(weights))
+            regressor, _ = load_regressor(Path(weights))
+        self.regressor = regressor.fold()
+
+    @torch.no_grad()
+    def forward(self, crops: Sequence[np.ndarray], names: Sequence[str]) -> BodyFit:
+        check_crops(crops)
+        # The regressor saw crops of 2:1: narrower ones get wider, wider ones taller until they lose columns instead.
+        ratio = INPUT_SIZE[0] / INPUT_SIZE[1]
+        tall = [min(max(ratio * crop.shape[1] / crop.shape[0], 1.0), self.TALLEST) for crop in crops]
+        windows = np.stack([cut_window(crop, INPUT_SIZE, t) for crop, t in zip(crops, tall, strict=True)])
+        images = torch.from_numpy(windows).to(self.regressor.mean.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return fit_both_ways(self.regressor, images, tall, self.body, self.knows_betas)
+
+
+class UprightFitter(Fitter):
+    """An upright body of mean shape that faces the camera and fills the crop: what is left where no fit can be trusted.
+
+    It looks at the crops' proportions alone. Its confidence is 0.
+    """
+
+    FILL = 0.92  # of the crop's height, as detectors cut people
+
+    upright: Tensor
+
+    def __init__(self, body: Body | None = None) -> None:
+        super().__init__()
+        self.body = own_body(body)
+        pose = torch.zeros(NUM_JOINTS, 3)
+        pose[0, 0] = pi  # from the body's frame, y up, to the camera's
+        pose[16, 2], pose[17, 2] = -1.2, 1.2  # the arms hang down
+        self.register_buffer("upright", axis_angle_to_matrix(pose))
         self.eval()
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> BodyFit:
-        """Fit crops.
-
-        Args:
-            images: (B,H,W,3) uint8 RGB, a person upright and filling most of the height, any size.
-
-        Raises:
-            TypeError: images are not uint8.
-            ValueError: images are not (B,H,W,3).
-        """
-        height, width = check_images(images)
-        # The regressor saw crops of 2:1, so make them that, with the border's colours: narrow ones get wider, wide ones
-        # taller by a quarter at most (it saw people that small) and lose columns beyond. A camera counts from the
-        # crop's centre in half heights, so the width does not matter to it and added height scales it.
-        wide = (min(max(height, 2 * width), height * 5 // 4) + 1) // 2
-        tall = max(2 * wide, height)
-        left, top = (wide - width) // 2, (tall - height) // 2  # negative: cut off
-        # An odd number of added columns or rows moves the centre by half a pixel.
-        drift = torch.tensor([wide - width - 2 * left, tall - height - 2 * top]) / height
-        x = images.to(self.regressor.mean.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        x = x[..., max(-left, 0) :][..., :wide]
-        left = max(left, 0)
-        x = F.pad(x, (left, wide - x.shape[3] - left, top, tall - height - top), mode="replicate")
-        if x.shape[2:] != INPUT_SIZE:
-            x = F.interpolate(x, INPUT_SIZE, mode="bilinear", antialias=True, align_corners=False)
-        out = self.regressor(x)
-        scale = out.cam[:, :1] * (tall / height)
-        cam = torch.cat([scale, out.cam[:, 1:] + drift.to(scale) / scale], 1)
-        posed = self.body(out.rotmats, out.betas)
-        return BodyFit(out.rotmats, out.betas, cam, posed.verts, posed.joints)
+    def forward(self, crops: Sequence[np.ndarray], names: Sequence[str]) -> BodyFit:
+        check_crops(crops)
+        count = len(crops)
+        betas = self.upright.new_zeros(1, NUM_BETAS)
+        posed = self.body(self.upright[None], betas)
+        low, high = posed.verts[0].amin(0), posed.verts[0].amax(0)
+        width, height = (high - low)[:2]
+        aspect = self.upright.new_tensor([crop.shape[1] / crop.shape[0] for crop in crops])
+        s = 2 * self.FILL * torch.minimum(1 / height, aspect / width)
+        shift = (-(low + high) / 2)[:2].expand(count, 2)
+        return BodyFit(
+            posed.verts.expand(count, -1, -1),
+            torch.cat([s[:, None], shift], 1),
+            torch.zeros_like(s),
+            self.upright.expand(count, -1, -1, -1),
+            betas.expand(count, -1),
+            posed.joints.expand(count, -1, -1),
+        )

@@ -6,11 +6,12 @@ mean. Departures: a 1.5 M parameter backbone at 128x64 pixels, features pooled t
 rotations of SPIN (Kolotouros et al., 2019).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .body import NUM_BETAS, NUM_JOINTS, rotation_6d_to_matrix
 
@@ -43,8 +44,8 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + self.short(x))
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
+        return F.relu(y + self.short(x), inplace=True)
 
 
 class Regressor(nn.Module):
@@ -55,7 +56,11 @@ class Regressor(nn.Module):
     def __init__(self, width: int = 16, reduced: int = 96, hidden: int = 512, iterations: int = 3) -> None:
         super().__init__()
         self.iterations = iterations
-        blocks: list[nn.Module] = [nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        blocks: list[nn.Module] = [
+            nn.Conv2d(3, width, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        ]
         channels = width
         for stage in range(4):
             outputs = width << stage
@@ -70,6 +75,21 @@ class Regressor(nn.Module):
         nn.init.normal_(self.correction.weight, std=0.002)  # the first guess is the mean, nearly unchanged
         nn.init.zeros_(self.correction.bias)
         self.register_buffer("mean", torch.zeros(PARAMETERS))
+
+    def fold(self) -> "Regressor":
+        """Fold every BatchNorm into the convolution before it: for eval mode, to be trained no more."""
+        self.eval()
+        layers: Any = self.backbone
+        layers[0], layers[1] = fuse_conv_bn_eval(layers[0], layers[1]), nn.Identity()
+        for block in layers[3:]:
+            block.conv1, block.bn1 = fuse_conv_bn_eval(block.conv1, block.bn1), nn.Identity()
+            block.conv2, block.bn2 = fuse_conv_bn_eval(block.conv2, block.bn2), nn.Identity()
+            if isinstance(block.short, nn.Sequential):
+                block.short = fuse_conv_bn_eval(*block.short)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # the faster layout
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        return self
 
     def features(self, x: Tensor) -> Tensor:
         """Features (B,8*reduced) of images (B,3,128,64)."""

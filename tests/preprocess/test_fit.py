@@ -1,10 +1,12 @@
 """The embedded fitter: what its figures mean, that the shipped weights reach them, and that training resumes."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +14,16 @@ from safetensors.torch import load_file, save_file
 from reid3d.preprocess import train_fitter
 from reid3d.preprocess.body import axis_angle_to_matrix, load_body
 from reid3d.preprocess.camera import project
-from reid3d.preprocess.fit import Fitter
+from reid3d.preprocess.fit import (
+    FITTERS,
+    BodyFit,
+    EmbeddedFitter,
+    Fitter,
+    UprightFitter,
+    load_fitter,
+    load_regressor,
+    mirror,
+)
 from reid3d.preprocess.hmr import Regressed, Regressor
 from reid3d.preprocess.train_fitter import (
     HELD_OUT,
@@ -22,6 +33,7 @@ from reid3d.preprocess.train_fitter import (
     RenderedBatches,
     evaluate,
     loss,
+    normalise,
     procrustes,
     train,
 )
@@ -30,8 +42,12 @@ ASSETS = files("reid3d.preprocess") / "assets"
 
 
 @pytest.fixture(scope="module")
-def fitter() -> Fitter:
-    return Fitter()
+def fitter() -> EmbeddedFitter:
+    return EmbeddedFitter()
+
+
+def fit_images(fitter: Fitter, images: torch.Tensor) -> BodyFit:
+    return fitter(list(images.numpy()), [str(i) for i in range(len(images))])
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +127,7 @@ def test_held_out_crops_are_never_trained_on() -> None:
 
 def test_fit_lands_on_the_person(fitter: Fitter, batch) -> None:
     images, _, _, _, joints2d = batch
-    fit = fitter(images)
+    fit = fit_images(fitter, images)
     assert fit.verts.shape == (16, len(fitter.body.v_template), 3)
     torch.testing.assert_close(fit.verts, fitter.body(fit.rotmats, fit.betas).verts)
     error = (train_fitter.project_joints(fit.joints, fit.cam) - joints2d).norm(dim=-1) * 64
@@ -120,7 +136,7 @@ def test_fit_lands_on_the_person(fitter: Fitter, batch) -> None:
 
 def test_fit_does_not_depend_on_the_batch(fitter: Fitter, batch) -> None:
     images = batch[0]
-    together, alone = fitter(images), fitter(images[3:4])
+    together, alone = fit_images(fitter, images), fit_images(fitter, images[3:4])
     torch.testing.assert_close(together.verts[3:4], alone.verts, atol=1e-4, rtol=0)
 
 
@@ -137,7 +153,7 @@ def test_cameras_of_other_shapes_see_the_same_body(fitter: Fitter, batch, height
         mode="replicate",
     )
     big = big[..., max(0, -side) // 2 :][..., :width].permute(0, 2, 3, 1).byte()
-    fit, base = fitter(big.contiguous()), fitter(images)
+    fit, base = fit_images(fitter, big.contiguous()), fit_images(fitter, images)
 
     def pixels(f, h: int) -> torch.Tensor:  # from the crop's centre, in pixels of the original crop
         return train_fitter.project_joints(f.joints, f.cam) * h / 2
@@ -152,7 +168,7 @@ def test_cameras_of_other_shapes_see_the_same_body(fitter: Fitter, batch, height
 )
 def test_camera_counts_from_the_centre_of_odd_crops(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in regressor puts the body's origin on the bright spot; it must come back where it is in the crop."""
-    fitter = Fitter()
+    fitter = EmbeddedFitter()
 
     class Spot(torch.nn.Module):
         mean = torch.zeros(1)
@@ -169,32 +185,99 @@ def test_camera_counts_from_the_centre_of_odd_crops(height: int, width: int, mon
     images = torch.zeros(1, height, width, 3, dtype=torch.uint8)
     row, column = height // 3, width // 2 - 3
     images[0, row - 2 : row + 3, column - 2 : column + 3] = 255
-    cam = fitter(images).cam
+    cam = fit_images(fitter, images).cam
     pixel = project(torch.zeros(1, 1, 3), cam, height, width)[0, 0, :2]
     torch.testing.assert_close(pixel, torch.tensor([column + 0.5, row + 0.5]), atol=0.1, rtol=0)
 
 
+def test_folding_changes_no_result(fitter: EmbeddedFitter, batch) -> None:
+    plain, _ = load_regressor(ASSETS / "fitter.safetensors")
+    x = normalise(batch[0])
+    with torch.no_grad():
+        for a, b in zip(plain.eval()(x), fitter.regressor(x), strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fitter.regressor.modules())
+
+
+def test_a_mirror_exchanges_left_and_right() -> None:
+    body, g = load_body("low"), torch.Generator().manual_seed(0)
+    rotmats = axis_angle_to_matrix(torch.randn(3, 24, 3, generator=g))
+    # In the rest pose of a symmetric skeleton a mirrored pose has mirrored joints.
+    offset = torch.tensor([-1.0, 1, 1])
+    other = [0, 2, 1, 3, 5, 4, 6, 8, 7, 9, 11, 10, 12, 14, 13, 15, 17, 16, 19, 18, 21, 20, 23, 22]
+    symmetric = deepcopy(body)
+    symmetric.j_template = (body.j_template + body.j_template[other] * offset) / 2
+    joints = symmetric.joints(rotmats, torch.zeros(3, 10))[1]
+    mirrored = symmetric.joints(mirror(rotmats), torch.zeros(3, 10))[1]
+    torch.testing.assert_close(mirrored, joints[:, other] * offset, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mirror(mirror(rotmats)), rotmats)
+
+
+def test_confidence_tells_bad_fits_from_good_ones(fitter: EmbeddedFitter) -> None:
+    errors, confidence = [], []
+    for i in range(6):
+        images, rotmats, betas, _, _ = RenderedBatches(6, 64, HELD_OUT + 20_000)[i]
+        fit, truth = fit_images(fitter, images), fitter.body(rotmats, betas)
+        apart = (fit.verts - fit.joints[:, :1]) - (truth.verts - truth.joints[:, :1])
+        errors.append(apart.norm(dim=2).mean(1))
+        confidence.append(fit.confidence)
+    error, confidence = torch.cat(errors), torch.cat(confidence)
+    assert ((confidence >= 0) & (confidence <= 1)).all()
+    bad, doubted = error > 0.15, confidence <= confidence.quantile(0.2)
+    assert 10 <= bad.sum() <= 40
+    assert (bad & doubted).sum() >= 0.5 * bad.sum()
+    assert error[confidence < 0.5].mean() > 1.5 * error[confidence > 0.95].mean()
+    # It is a share of good fits.
+    assert float((~bad)[confidence > 0.9].float().mean()) == pytest.approx(
+        float(confidence[confidence > 0.9].mean()), abs=0.03
+    )
+
+
+@pytest.mark.parametrize("shape", [(128, 64), (200, 50), (60, 120)])
+def test_an_upright_body_fills_the_crop(shape: tuple[int, int]) -> None:
+    fit = UprightFitter()([np.zeros((*shape, 3), np.uint8)] * 2, ["a", "b"])
+    points = project(fit.verts, fit.cam, *shape)[..., :2]
+    low, high = points.amin(1), points.amax(1)
+    torch.testing.assert_close((low + high) / 2, torch.tensor([[shape[1] / 2, shape[0] / 2]] * 2), atol=0.01, rtol=0)
+    share = ((high - low) / torch.tensor([shape[1], shape[0]])).amax(1)
+    torch.testing.assert_close(share, torch.full((2,), UprightFitter.FILL))
+    assert (fit.confidence == 0).all()
+    assert (fit.joints[:, 15, 1] < fit.joints[:, 0, 1] - 0.4).all()  # the head is up
+    assert (fit.joints[:, 10, 2] < fit.joints[:, 7, 2] - 0.05).all()  # the toes point to the camera
+    assert (fit.joints[:, 20, 1] > fit.joints[:, 16, 1] + 0.3).all()  # the hands hang
+
+
+def test_another_body_keeps_the_pose_and_not_the_betas(fitter: EmbeddedFitter, batch) -> None:
+    other = load_fitter("default", load_body("low"))
+    a, b = fit_images(fitter, batch[0]), fit_images(other, batch[0])
+    assert torch.equal(a.rotmats, b.rotmats) and (b.betas == 0).all() and b.verts.shape[1] == 1778
+    assert a.betas.abs().max() > 0.1 and fitter.fingerprint() != other.fingerprint()
+
+
 def test_moving_a_fitter_leaves_the_others_alone(batch) -> None:
-    Fitter().double()
-    assert Fitter()(batch[0][:1]).verts.dtype == torch.float32
+    EmbeddedFitter().double()
+    assert fit_images(EmbeddedFitter(), batch[0][:1]).verts.dtype == torch.float32
 
 
 def test_errors(fitter: Fitter, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="images must be uint8, got torch.float32"):
-        fitter(torch.zeros(1, 128, 64, 3))
-    with pytest.raises(ValueError, match=r"images must be \(B, H, W, 3\), got \(128, 64, 3\)"):
-        fitter(torch.zeros(128, 64, 3, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="crops must be uint8, got float32"):
+        fitter([np.zeros((128, 64, 3), np.float32)], ["a"])
+    with pytest.raises(ValueError, match=r"crops must be \(H, W, 3\), got \(128, 64\)"):
+        fitter([np.zeros((128, 64), np.uint8)], ["a"])
+    for spec in ("", "spin", "spin:", "best", "mean:x", "default:x"):
+        with pytest.raises(ValueError, match=f"fitter must be one of {', '.join(FITTERS)}, got '{spec}'"):
+            load_fitter(spec)
     (tmp_path / "bad").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="weights must be a file of train_fitter, got .*bad"):
-        Fitter(tmp_path / "bad")
+        EmbeddedFitter(tmp_path / "bad")
     save_file({"x": torch.zeros(1)}, tmp_path / "other", {"format": "reid3d-fitter-1"})
     with pytest.raises(ValueError, match="weights must be a file of train_fitter, got .*other"):
-        Fitter(tmp_path / "other")
+        EmbeddedFitter(tmp_path / "other")
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match="weights must be a file of train_fitter, got .*its format is None"):
-        Fitter(tmp_path / "foreign")
+        EmbeddedFitter(tmp_path / "foreign")
     with pytest.raises(FileNotFoundError, match="weights must be a file, got .*nothing"):
-        Fitter(tmp_path / "nothing")
+        EmbeddedFitter(tmp_path / "nothing")
     for arguments in (["--steps", "0"], ["--evaluate"]):
         with pytest.raises(SystemExit, match="train_fitter: error: (steps must be in|weights must be a file)"):
             train_fitter.main(["--out", str(tmp_path / "run"), *arguments])
