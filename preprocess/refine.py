@@ -407,9 +407,9 @@ def _find_places(body: Body) -> dict[str, tuple[str, int]]:
 def _part(body: Body, vertices: Tensor) -> Body:
     """The body with some of its vertices and all joints where they were."""
     none = body.regressor.new_zeros(NUM_JOINTS, len(vertices))
-    part = Body(
-        body.v_template[vertices], body.shapedirs[vertices], body.faces[:0], body.weights[vertices], none, body.parents
-    )
+    correctives = None if body.posedirs is None else body.posedirs[vertices]
+    of_vertices = (body.v_template[vertices], body.shapedirs[vertices], body.faces[:0], body.weights[vertices])
+    part = Body(*of_vertices, none, body.parents, correctives, body.name)
     part.j_template, part.j_shapedirs = body.j_template.clone(), body.j_shapedirs.clone()
     return part
 

@@ -109,7 +109,8 @@ def _body(arrays: dict[str, np.ndarray], digest: str) -> Body:
         raise _Refused(f"must have vertices 0 to {sizes['V'] - 1} in f, got {wrong[0]:g}")
     # The root's parent is any number: -1, 2^32 - 1, ..
     if (tree[0, 1:] != PARENTS[1:]).any() or (tree[1] != range(NUM_JOINTS)).any():
-        raise _Refused(f"must have the tree of SMPL's 24 joints as kintree_table, got {tree.astype(int).tolist()}")
+        got = ", ".join(f"{number:.10g}" for number in tree.ravel())
+        raise _Refused(f"must have the tree of SMPL's 24 joints as kintree_table, got {got}")
     total = weights.sum(1)
     row = int(np.abs(total - 1).argmax())
     if abs(total[row] - 1) > 1e-3:
@@ -139,7 +140,7 @@ def _arrays(found: Mapping[str, Any], make: Callable[[Any], np.ndarray]) -> dict
             reason = str(error) if isinstance(error, _Refused) else _reason(error)
             raise _Refused(f"must have an array of numbers as {key}, got {reason}") from error
         if array.dtype.kind not in "fiu" or array.size > MAX_NUMBERS:
-            raise _Refused(f"must have at most {MAX_NUMBERS} numbers as {key}, got {array.size} of {array.dtype}")
+            raise _Refused(f"must have at most {MAX_NUMBERS} numbers as {key}, got {array.size} of {array.dtype}"[:200])
         arrays[key] = np.array(array, np.float64, order="C")
     return arrays
 
@@ -335,7 +336,7 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _plain(content: Any, dtype: Any, shape: tuple[int, ...], order: Any) -> np.ndarray:
-    if isinstance(content, _Note) and content.name == "encode" and content.args:  # bytes, in pickles for Python 2
+    if isinstance(content, _Note) and content.name == "encode" and content.args:  # Python 3's bytes for Python 2
         content = content.args[0]
     if isinstance(content, str):
         content = content.encode("latin-1")

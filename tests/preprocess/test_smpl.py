@@ -147,11 +147,15 @@ class Select(Ch):
     pass
 
 
-class transpose(Ch):  # noqa: N801
+class Reshape(Ch):
     pass
 
 
-class csc_matrix(State):  # noqa: N801
+class transpose(Ch):
+    pass
+
+
+class csc_matrix(State):
     def __init__(self, dense: np.ndarray) -> None:
         lines = [np.flatnonzero(column) for column in dense.T]
         super().__init__(
@@ -163,7 +167,7 @@ class csc_matrix(State):  # noqa: N801
         )
 
 
-class csr_matrix(csc_matrix):  # noqa: N801
+class csr_matrix(csc_matrix):
     def __init__(self, dense: np.ndarray) -> None:
         super().__init__(dense.T)
         self._shape = dense.shape
@@ -283,6 +287,7 @@ def hostile_pickles(sentinel: Path) -> dict[str, tuple[bytes, str]]:
     )
     v_template = {k: v for k, v in small_man(around=1).items() if k != "v_template"}
     entry = lambda value: pickle.dumps(v_template, 2)[:-1] + b"U\x0av_template" + value + b"s."  # noqa: E731
+    lists = b"]" + b"q\x000(h\x00h\x00l" * 64  # 2^64 of them, to those who follow each
     refused = ", which no SMPL file needs: refused, nothing was run"
     return {
         "system": (system, f"asks for posix.system{refused}"),
@@ -322,18 +327,18 @@ def hostile_pickles(sentinel: Path) -> dict[str, tuple[bytes, str]]:
         "extension": (b"\x80\x02\x82\x07(" + text + b"tR.", "EXT1 7"),
         "buffer": (b"\x80\x05\x97.", "NEXT_BUFFER"),
         "memo": (b"\x80\x02Nr\xff\xff\xff\x7f.", "pickled dict, got NoneType"),
-        "long text": (b"\x80\x04\x8e\xff\xff\xff\xff\xff\x00\x00\x00abc.", "a whole .npz or .pkl, got .* only 4 remain"),
-        "long array": (b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00abc.", "a whole .npz or .pkl, got .* only 4 remain"),
+        "long text": (b"\x80\x04\x8e\xff\xff\xff\xff\xff\x00\x00\x00abc.", "whole .npz or .pkl, got .* 4 remain"),
+        "long array": (b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00abc.", "whole .npz or .pkl, got .* 4 remain"),
         "tuples as key": (b"}(" + b")" + b"\x85" * 900_000 + b"Nu.", "lacks v_template"),
         "tuples as set": (b"c__builtin__\nset\n](" + b")" + b"\x85" * 900_000 + b"e\x85R.", "got a __builtin__.set"),
         "many lists": (b"(" + b"]" * 2_000_000 + b"l.", "at most 1000000 opcodes"),
-        "lists of lists": (entry(b"]" + b"q\x00(h\x00h\x00l" * 64), "v_template, got a list"),
+        "lists of lists": (entry(lists), "v_template, got a list"),
         "state of states": (entry(b"cchumpy\nCh\n)\x81q\x00}U\x01xh\x00sb"), "v_template, got RecursionError"),
-        "numbers of lists": (
-            entry(b"cscipy.sparse\ncsc_matrix\n)\x81}(U\x06_shape]NaJ\xff\xff\xff\x7f\x86"
-                  b"U\x04dataNU\x07indicesNU\x06indptrNub"),
-            "v_template, got a NoneType",
-        ),
+        "dtype of lists": (entry(numpy_array(dtype=lists)), "v_template, got TypeError"),
+        "byte order of lists": (entry(numpy_array(order=lists)), "v_template, got numbers of type list|TypeError"),
+        "byte order of two": (entry(numpy_array(order=b"S'f8,<'\n")), "v_template, got numbers of type 'f8,<f8'"),
+        "shape of lists": (entry(numpy_array(shape=lists)), "v_template, got TypeError"),
+        "shape of billions": (entry(numpy_array(shape=b"I2000000000\n")), "v_template, got ValueError"),
         "wide": (entry(sparse((2**31, 2**31))), "a sparse matrix of too many numbers"),
         "list as width": (entry(sparse(([0], 2**31 - 1))), "a sparse matrix of too many numbers"),
         "backwards": (entry(sparse((3, 2), (0, 5, 1))), r"a sparse matrix of \(3, 2\) with 1 values in 2 lines"),
@@ -341,6 +346,12 @@ def hostile_pickles(sentinel: Path) -> dict[str, tuple[bytes, str]]:
         "outside": (entry(sparse((3, 2), places=(3,))), "v_template, got IndexError"),
         "before": (entry(sparse((3, 2), places=(-1,))), r"a sparse matrix of \(3, 2\)"),
     }  # fmt: skip
+
+
+def numpy_array(dtype: bytes = b"S'f8'\n", order: bytes = b"S'<'\n", shape: bytes = b"I1\n") -> bytes:
+    dtype = b"cnumpy\ndtype\n(" + dtype + b"tR(I3\n" + order + b"tb"
+    made = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+    return made + b"(I1\n(" + shape + b"t" + dtype + b"I00\nS'12345678'\ntb"
 
 
 def sparse(shape: tuple, ends: tuple = (0, 1, 1), places: tuple = (0,)) -> bytes:
@@ -405,6 +416,7 @@ def test_archives_that_swell(tmp_path: Path, sentinel: Path, compression: int) -
         load_smpl(path)
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["npz", "pkl"])
 def test_a_thousand_broken_files(tmp_path: Path, kind: str, sentinel: Path) -> None:
     path, rng = tmp_path / f"a.{kind}", np.random.default_rng(0)
@@ -434,10 +446,10 @@ def test_a_thousand_broken_files(tmp_path: Path, kind: str, sentinel: Path) -> N
     ("key", "change", "words"),
     [
         ("v_template", lambda a: a[:, :2], r"must have v_template of shape \(144, 3\), got \(144, 2\)"),
-        ("v_template", lambda a: a[0], r"must have v_template of shape \(3, 3\), got \(3,\)"),
+        ("v_template", lambda a: a[0], r"must have v_template of shape \(V, 3\), got \(3,\)"),
         ("v_template", lambda a: a + 1j, "v_template, got .*(complex128|c16)"),
         ("v_template", lambda a: a * 1e300, "must have v_template finite in float32, got "),
-        ("shapedirs", lambda a: a[1:], r"must have shapedirs of shape \(144, 3, 10\), got \(143, 3, 10\)"),
+        ("shapedirs", lambda a: a[1:], r"must have shapedirs of shape \(144, 3, S\), got \(143, 3, 10\)"),
         ("shapedirs", lambda a: a[..., :9], "must have shapedirs for at least 10 betas, got 9"),
         ("posedirs", lambda a: a[..., :90], r"must have posedirs of shape \(144, 3, 207\), got \(144, 3, 90\)"),
         ("J_regressor", lambda a: a.T, r"must have J_regressor of shape \(24, 144\), got \(144, 24\)"),
@@ -446,7 +458,7 @@ def test_a_thousand_broken_files(tmp_path: Path, kind: str, sentinel: Path) -> N
         ("f", lambda a: a + 1, "must have vertices 0 to 143 in f, got 144"),
         ("f", lambda a: a.astype(int) - 1, "must have vertices 0 to 143 in f, got -1"),
         ("f", lambda a: a + 0.5, "must have vertices 0 to 143 in f, got 0.5"),
-        ("f", lambda a: a[:0], r"must have f of shape \(.*, 3\), got \(0, 3\)"),
+        ("f", lambda a: a[:0], r"must have f of shape \(.*, 3\), got \(0, 3\)|numbers as f, got "),
         ("kintree_table", lambda a: a[:, :20], r"must have kintree_table of shape \(2, 24\), got \(2, 20\)"),
         ("kintree_table", lambda a: a[:, ::-1].copy(), "must have the tree of SMPL's 24 joints as kintree_table, got "),
         ("kintree_table", lambda a: np.roll(a, 1, 1), "must have the tree of SMPL's 24 joints as kintree_table, got "),
@@ -469,9 +481,7 @@ def test_what_is_no_smpl_body(tmp_path: Path, key: str, change: Callable | None,
 
 def test_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pickle.dumps(small_man(around=1))
-    reshape = {**small_man(around=1), "weights": Select(a=1)}
-    monkeypatch.setattr(Select, "__name__", "Reshape")
-    monkeypatch.setattr(Select, "__qualname__", "Reshape")
+    reshape = {**small_man(around=1), "weights": Reshape(a=Ch(x=1), newshape=(24, 24))}
     for data, words in (
         (b"", "must be a whole .npz or .pkl, got '' as the opcode before byte 0"),
         (whole[:-1], "must be a whole .npz or .pkl, got '' as the opcode"),
@@ -479,7 +489,7 @@ def test_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (b"# OBJ file", "must be a whole .npz or .pkl, got '#' as the opcode before byte 1"),
         (b"PK\x03\x04", "must be a whole .npz or .pkl, got one with BadZipFile"),
         (pickle.dumps([1]), "must be a pickled dict, got list"),
-        (dumps_as(monkeypatch, reshape, 2, chumpy__reordering=[Select]), "weights, got a chumpy.reordering.Reshape"),
+        (dumps_as(monkeypatch, reshape, 2, chumpy=[Ch, Reshape]), "weights, got a chumpy.Reshape"),
     ):
         (tmp_path / "a.pkl").write_bytes(data)
         with pytest.raises(ValueError, match=words):
