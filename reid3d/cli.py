@@ -80,12 +80,39 @@ def _parser() -> _Parser:
     _number(synth, "--seed", 0, "same seed, same bytes", least=0, most=2**63)
 
     convert = command("convert", "turn pedestrian crops into clouds; a second call goes on where the first stopped")
-    convert.add_argument("src", metavar="SRC", type=Path, help="folder in Market-1501's layout or any other, or image")
-    convert.add_argument("out", metavar="OUT", type=Path, help="folder of shards to write")
-    _number(convert, "--height", 128, "height in pixels that crops are resized to", least=8)
-    _number(convert, "--width", 64, "width in pixels that crops are resized to", least=8)
-    _number(convert, "--batch", 64, "crops fitted at once")
-    _number(convert, "--shard-size", 1024, "clouds per file")
+    src_help = "folder in Market-1501's layout or any other, an image, or a published tree of .obj clouds"
+    convert.add_argument("src", metavar="SRC", nargs="?", type=Path, help=src_help)
+    out_help = "folder of shards to write; for one image also FILE.ply or .obj (its cloud) or .glb (the fitted mesh)"
+    convert.add_argument("out", metavar="OUT", nargs="?", type=Path, help=out_help)
+    making = convert.add_argument_group("how a crop becomes a cloud")
+    fitter_help = "default, mean, spin:FILE, hmr2:FILE or params:FILE.npz (default: %(default)s)"
+    making.add_argument("--fitter", metavar="KIND[:FILE]", default="default", help=fitter_help)
+    making.add_argument(
+        "--body", metavar="FILE", type=Path, help="your SMPL file or its folder (default: embedded body)"
+    )
+    mode_help = "paper: one vertex a pixel; dense: all seen vertices; surface: all pixels (default: %(default)s)"
+    modes = making.add_mutually_exclusive_group()
+    modes.add_argument("--mode", choices=("paper", "dense", "surface"), default="paper", help=mode_help)
+    modes.add_argument("--official", action="store_true", help="the published converter's rules (default: off)")
+    _number(making, "--height", 128, "height in pixels that crops are resized to", least=8)
+    _number(making, "--width", 64, "width in pixels that crops are resized to", least=8)
+    confidence_help = "a fit with less becomes an upright body, and the manifest says so (default: %(default)s)"
+    making.add_argument("--min-confidence", metavar="P", type=_share, default=0.1, help=confidence_help)
+    refine_help = "2D keypoints (OpenPose, COCO, .npz) or a folder of masks to refine the fits by; may be repeated"
+    refine_help += " (default: no refinement)"
+    making.add_argument("--refine", metavar="PATH", type=Path, action="append", default=[], help=refine_help)
+    work = convert.add_argument_group("how the work is done")
+    _number(work, "--workers", None, "processes (default: as many as cores, 1 with a GPU)")
+    work.add_argument("--shard", metavar="I/N", type=_part, default=(0, 1), help="make part I of N (default: 0/1)")
+    work.add_argument("--engine", choices=("local", "ray"), default="local", help="default: %(default)s")
+    _number(work, "--batch", 64, "crops fitted at once")
+    _number(work, "--shard-size", 1024, "clouds per file")
+    other = convert.add_argument_group("other ways to use it")
+    verify_help = "check every byte of a folder of shards, and nothing else (default: off)"
+    other.add_argument("--verify", metavar="DIR", type=Path, help=verify_help)
+    to_help = "SRC is a folder of shards: write a file for each cloud, obj as published (default: off)"
+    other.add_argument("--to", choices=("obj", "ply"), help=to_help)
+    other.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
 
     # Its other options are the fields of TrainConfig, which _train reads.
     train = command("train", "train a network; a second call goes on from the last epoch", add_help=False)
@@ -125,7 +152,7 @@ def _parser() -> _Parser:
 
 
 def _number(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     flag: str,
     default: int | None,
     help: str,
@@ -148,6 +175,23 @@ def _cpu_or_cuda(text: str) -> str:
     return text
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return share
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
+    if not found or not int(found[1]) < int(found[2]):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -165,10 +209,78 @@ def _synth(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from .preprocess.convert import convert_folder
+    if options.verify:
+        return _verify(options)
+    missing = [name.upper() for name in ("src", "out") if getattr(options, name) is None]
+    if missing:
+        raise _UsageError(f"the following arguments are required: {', '.join(missing)} (see reid3d convert --help)")
+    if options.to:
+        from .formats import export_tree
 
-    size = (options.height, options.width)
-    print(convert_folder(options.src, options.out, size=size, batch=options.batch, shard_size=options.shard_size))
+        written = export_tree(options.src, options.out, format=options.to)
+        print(f"{written} files written")
+        return
+    if options.src.is_file() and options.out.suffix in (".ply", ".obj", ".glb"):
+        return _convert_one(options)
+    import torch
+
+    from .preprocess.batch import convert_folder
+    from .preprocess.convert import Recipe
+
+    workers = options.workers or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
+    report = convert_folder(
+        options.src,
+        options.out,
+        Recipe(**_recipe(options)),
+        batch=options.batch,
+        shard_size=options.shard_size,
+        part=options.shard,
+        workers=workers,
+        engine=options.engine,
+    )
+    print(report)
+    if options.json:
+        from dataclasses import asdict
+
+        _write_json(options.json, asdict(report))
+
+
+def _recipe(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "fitter": options.fitter,
+        "body": options.body,
+        "mode": "official" if options.official else options.mode,
+        "size": (options.height, options.width),
+        "min_confidence": options.min_confidence,
+        "refine": tuple(options.refine),
+    }
+
+
+def _convert_one(options: argparse.Namespace) -> None:
+    """One image to the file that OUT names."""
+    from .formats import write_glb, write_obj, write_ply
+    from .preprocess.convert import convert, convert_mesh
+
+    recipe = _recipe(options)
+    if options.out.suffix == ".glb":
+        of_mesh = {name: recipe[name] for name in ("fitter", "body", "min_confidence", "refine")}
+        write_glb(options.out, *convert_mesh(options.src, **of_mesh))
+    else:
+        (write_ply if options.out.suffix == ".ply" else write_obj)(options.out, convert(options.src, **recipe))
+    print(options.out)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from .preprocess.batch import verify
+
+    problems = verify(options.verify)
+    for problem in problems:
+        print(problem)
+    if options.json:
+        _write_json(options.json, {"problems": problems})
+    if problems:
+        raise RuntimeError(f"{len(problems)} problems in {options.verify}")
+    print(f"{options.verify}: whole")
 
 
 def _train(options: argparse.Namespace) -> None:

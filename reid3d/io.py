@@ -1,21 +1,24 @@
-"""Files of point clouds: shard v1 (what reid3d itself uses), PLY, and the text clouds published with OG-Net.
+"""Shards of point clouds, the files that reid3d itself uses. Those of others are in formats.py.
 
 A shard is two files side by side. NAME.safetensors holds the points of all clouds end to end in four tensors, xyz
 (P, 3) float16 or float32, rgb (P, 3) uint8, vertex (P,) int32 and offsets (clouds + 1,) int64, so that cloud i is the
-rows offsets[i]:offsets[i + 1]; its metadata strings are "format" ("reid3d-shard-1"), "config" (JSON), "versions" (JSON)
-and "license". NAME.jsonl holds one JSON object a cloud, a `Record`, in the same order. The manifest is written last, so
-a shard exists exactly when its manifest does.
+rows offsets[i]:offsets[i + 1]; pose (clouds, 24, 3) float32, axis-angle in radians, and betas (clouds, 10) float32 may
+follow, the bodies that were fitted. Its metadata strings are "format" ("reid3d-shard-1"), "config" (JSON), "failures"
+(JSON: name to reason, of the crops that gave no cloud), "versions" (JSON), "license", and "sha256" of what comes after
+the header and of the manifest. NAME.jsonl holds one JSON object a cloud, a `Record`, in the same order. The manifest is
+written last, so a shard exists exactly when its manifest does.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -29,6 +32,7 @@ SHARD_FORMAT = "reid3d-shard-1"
 DATASET_FILE = "dataset.json"  # beside the shards of a converted folder: {"shards": {split: count}, ...}
 LICENSE_NOTE = "Derived from the source images: their licence and terms of use apply to this file."
 _TENSORS = {"xyz": ("F16", "F32"), "rgb": ("U8",), "vertex": ("I32",), "offsets": ("I64",)}
+_BODIES = {"pose": (24, 3), "betas": (10,)}
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,10 @@ class Record:
     (a folder without splits). pid: person, 0 distractor, -1 junk or unknown. camid: camera as in the file name, from 1;
     -1 unknown. time: see `reid3d.data.list_images`; -1 unknown. size: crop (H, W) in pixels; the cloud has H*W points.
     cam: weak perspective [s, tx, ty] of the crop: a point (X, Y, Z) in metres projects to pixel
-    x = (s*(X+tx)*H + W)/2, y = (s*(Y+ty)*H + H)/2, pixel centres at +0.5. quality: numbers on the fit, such as
-    {"visible": share of the body's vertices that were seen}.
+    x = (s*(X+tx)/aspect + 1)*W/2, y = (s*(Y+ty) + 1)*H/2, pixel centres at +0.5. quality: numbers on the fit, such as
+    {"visible": share of the body's vertices that were seen}. aspect: width/height of the source image before it was
+    resampled to H x W pixels; None for W/H. fit: which fitter the body came from, "mean" for the upright body of a crop
+    that was not fitted with confidence. points: of the cloud; None for H*W.
     """
 
     name: str
@@ -51,29 +57,50 @@ class Record:
     size: tuple[int, int]
     cam: tuple[float, float, float]
     quality: dict[str, float] = field(default_factory=dict)
+    aspect: float | None = None
+    fit: str = "default"
+    points: int | None = None
+
+    @property
+    def num_points(self) -> int:
+        return self.size[0] * self.size[1] if self.points is None else self.points
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(vars(self))
 
     @classmethod
     def from_json(cls, line: str) -> Record:
         """Raises: ValueError when the line is not the JSON of a record."""
         try:
             values = json.loads(line)
-            for name, kind in (("name", str), ("split", str), ("pid", int), ("camid", int), ("time", int)):
-                if not isinstance(values[name], kind):
-                    raise TypeError(f"{name} must be {kind.__name__}, got {values[name]!r}")
-            values["size"] = _numbers(values["size"], int, 2)
-            values["cam"] = _numbers(values["cam"], float, 3)
-            return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
+            values["size"], values["cam"] = tuple(values["size"]), tuple(values["cam"])
+            record = cls(**values)
+            record._check()
+            return record
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a manifest record ({error}): {line.strip()[:80]!r}") from error
 
+    def _check(self) -> None:
+        def number(value: Any, kind: type = float) -> bool:
+            fits = type(value) is int or type(value) is kind
+            return fits and -(2**63) < value < 2**63  # a NaN is not
 
-def _numbers(values: Sequence[Any], kind: type, count: int) -> tuple[Any, ...]:
-    if len(values) != count:
-        raise ValueError(f"{count} numbers expected, got {values}")
-    return tuple(kind(value) for value in values)
+        rules = {
+            "name": isinstance(self.name, str),
+            "split": isinstance(self.split, str),
+            "pid": number(self.pid, int),
+            "camid": number(self.camid, int),
+            "time": number(self.time, int),
+            "size": len(self.size) == 2 and all(number(side, int) and side > 0 for side in self.size),
+            "cam": len(self.cam) == 3 and all(map(number, self.cam)),
+            "quality": isinstance(self.quality, dict) and all(map(number, self.quality.values())),
+            "aspect": self.aspect is None or (number(self.aspect) and self.aspect > 0),
+            "fit": isinstance(self.fit, str),
+            "points": self.points is None or (number(self.points, int) and self.points > 0),
+        }
+        for name, holds in rules.items():
+            if not holds:
+                raise ValueError(f"{name} cannot be {getattr(self, name)!r}")
 
 
 @contextmanager
@@ -114,14 +141,18 @@ def _replacement(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def hold_folder(folder: str | Path, other: str) -> Iterator[None]:
+def hold_folder(
+    folder: str | Path, other: str, *, name: str = ".lock", shared: bool = False, wait: bool = False
+) -> Iterator[None]:
     """Hold a folder for this process; the system lets go of it however the process ends.
+
+    name: of the lock, where the folder has several. shared: beside others that share it. wait: until it is free.
 
     Raises: BlockingIOError, saying that `other` ("another conversion") is writing there, when a process holds it.
     """
-    with open(Path(folder) / ".lock", "ab") as file:
+    with open(Path(folder) / name, "ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise BlockingIOError(f"{other} is writing into {folder}") from None
         yield
@@ -138,17 +169,23 @@ def write_shard(
     records: Sequence[Record],
     *,
     config: dict[str, Any],
+    bodies: Mapping[str, np.ndarray] | None = None,
+    failures: Mapping[str, str] | None = None,
     dtype: Literal["float16", "float32"] = "float16",
     license: str = LICENSE_NOTE,
 ) -> None:
     """Write clouds and their records as the shard `path` (.safetensors) with its manifest (.jsonl).
 
+    bodies: {"pose": (n, 24, 3), "betas": (n, 10)} float32 of the n clouds, where they are known. failures: what gave no
+    cloud.
+
     The same arguments give the same bytes. float16 rounds a coordinate x by at most |x| * 2**-11, that is 0.5 mm within
     2 m of the origin (and below 2**-25 m next to it); float32 is exact. A shard already there is replaced. An empty
     sequence makes an empty shard.
 
-    Raises: ValueError for a name without .safetensors, another dtype, as many records as clouds not given, a cloud
-        without exactly size[0]*size[1] points, or coordinates that float16 cannot hold; OSError naming the file.
+    Raises: ValueError for a name without .safetensors, another dtype, as many records as clouds not given, bodies of
+        other shapes, a cloud without exactly the points of its record, or coordinates that float16 cannot hold; OSError
+        naming the file.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -158,22 +195,30 @@ def write_shard(
     if len(clouds) != len(records):
         raise ValueError(f"records must be as many as clouds ({len(clouds)}), got {len(records)}")
     for cloud, record in zip(clouds, records, strict=True):
-        height, width = record.size
-        if len(cloud) != height * width or len(cloud) == 0:
-            raise ValueError(f"clouds: {record.name} must have {height} x {width} points, got {len(cloud)}")
+        if len(cloud) != record.num_points or len(cloud) == 0:
+            rule = "{} x {} points".format(*record.size) if record.points is None else f"{record.points} points"
+            raise ValueError(f"clouds: {record.name} must have {rule}, got {len(cloud)}")
         if dtype == "float16" and np.abs(cloud.xyz).max() > np.finfo(np.float16).max:
             raise ValueError(f"clouds: {record.name} has coordinates beyond float16's 65504 m; write float32")
+    for name, array in (bodies or {}).items():
+        if array.dtype != np.float32 or array.shape != (len(clouds), *_BODIES[name]):
+            wanted, found = (len(clouds), *_BODIES[name]), f"{array.dtype} {array.shape}"
+            raise ValueError(f"bodies: {name} must be float32 {wanted}, got {found}")
     tensors = {  # widest type first, so that every tensor starts at a multiple of its item size
         "offsets": np.cumsum([0, *map(len, clouds)], dtype=np.int64),
+        **(bodies or {}),
         "vertex": np.concatenate([np.empty(0, np.int32), *(cloud.vertex for cloud in clouds)]),
-        "xyz": np.concatenate([np.empty((0, 3), dtype), *(cloud.xyz.astype(dtype) for cloud in clouds)]),
+        "xyz": np.concatenate([np.empty((0, 3), dtype), *(cloud.xyz for cloud in clouds)], dtype=dtype),
         "rgb": np.concatenate([np.empty((0, 3), np.uint8), *(cloud.rgb for cloud in clouds)]),
     }
+    lines = [f"{record.to_json()}\n".encode() for record in records]
     metadata = {
         "format": SHARD_FORMAT,
         "config": json.dumps(config, sort_keys=True),
+        "failures": json.dumps(dict(failures or {}), sort_keys=True),
         "versions": json.dumps({name: library_version(name) for name in ("reid3d", "numpy", "python")}),
         "license": license,
+        "sha256": _sha256([_little_endian(array) for array in tensors.values()], lines),
     }
     manifest = manifest_path(path)
     if path.exists():  # first, so that new points never stand beside an old manifest
@@ -181,7 +226,19 @@ def write_shard(
     with atomic_write(path) as file:
         _write_safetensors(file, tensors, metadata)
     with atomic_write(manifest) as file:
-        file.writelines(f"{record.to_json()}\n".encode() for record in records)
+        file.writelines(lines)
+
+
+def _sha256(*parts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        for data in part:
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _little_endian(array: np.ndarray) -> memoryview:
+    return array.astype(array.dtype.newbyteorder("<"), order="C", copy=False).data
 
 
 def library_version(name: str) -> str:
@@ -207,14 +264,15 @@ def _write_safetensors(file: IO[bytes], tensors: dict[str, np.ndarray], metadata
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for array in tensors.values():
-        file.write(array.astype(array.dtype.newbyteorder("<"), order="C", copy=False).data)
+        file.write(_little_endian(array))
 
 
 class Shard:
     """Random access to the clouds of one shard; only the points asked for are read.
 
-    `len(shard)`, `shard[i]` -> PointCloud (xyz as float32), `shard.records`, `shard.metadata` (dict of strings). The
-    data file is opened at first use in each process, so a shard can be pickled and shared with DataLoader workers.
+    `len(shard)`, `shard[i]` -> PointCloud (xyz as float32), `shard.records`, `shard.config` and `shard.failures` (see
+    `write_shard`), `shard.metadata` (dict of strings). The data file is opened at first use in each process, so a shard
+    can be pickled and shared with DataLoader workers.
 
     Raises: FileNotFoundError when the manifest or the data is missing (a shard without a manifest was never finished);
         ValueError naming the file when either is truncated, corrupt or not of this format.
@@ -226,6 +284,8 @@ class Shard:
         self.records = _read_manifest(manifest_path(self.path))
         self.metadata: dict[str, str] = self._open().metadata() or {}
         self._offsets = self._check()
+        self.config: dict[str, Any] = self._note("config")
+        self.failures: dict[str, str] = self._note("failures")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -239,6 +299,21 @@ class Shard:
             return PointCloud(xyz.astype(np.float32), rgb.copy(), vertex.copy())  # the slices are views of the file
         except ValueError as error:
             raise ValueError(f"{self.path}: cloud {i} is corrupt: {error}") from error
+
+    def body(self, i: int) -> dict[str, np.ndarray]:
+        """The body fitted to crop i: {"pose": (24, 3), "betas": (10,)} float32, {} where the shard holds none."""
+        return {name: self._open().get_slice(name)[i % len(self)] for name in self._bodies}
+
+    def verify(self) -> None:
+        """Read everything. Raises: ValueError naming the file when a byte is not what was written."""
+        with open(self.path, "rb") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            parts = iter(lambda: file.read(1 << 20), b"")
+            found = _sha256(parts, [manifest_path(self.path).read_bytes()])
+        if found != self.metadata.get("sha256"):
+            raise ValueError(f"{self.path}: sha256 must be {self.metadata.get('sha256')}, got {found}")
+        for i in range(len(self)):
+            self[i]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
@@ -255,20 +330,30 @@ class Shard:
         file = self._open()
         if self.metadata.get("format") != SHARD_FORMAT:
             raise ValueError(f"{self.path}: format must be {SHARD_FORMAT}, got {self.metadata.get('format')!r}")
-        if set(file.keys()) != set(_TENSORS):
+        self._bodies = sorted(_BODIES) if set(_BODIES) <= set(file.keys()) else []
+        if set(file.keys()) != {*_TENSORS, *self._bodies}:
             raise ValueError(f"{self.path}: tensors must be {sorted(_TENSORS)}, got {sorted(file.keys())}")
         offsets = file.get_tensor("offsets")
         total = int(offsets[-1]) if offsets.ndim == 1 and len(offsets) else -1
         shapes = {"xyz": [total, 3], "rgb": [total, 3], "vertex": [total], "offsets": [len(self.records) + 1]}
-        for name, kinds in _TENSORS.items():
+        shapes |= {name: [len(self.records), *_BODIES[name]] for name in self._bodies}
+        for name, kinds in {**_TENSORS, **dict.fromkeys(self._bodies, ("F32",))}.items():
             tensor = file.get_slice(name)
             if tensor.get_dtype() not in kinds or tensor.get_shape() != shapes[name]:
                 found = f"{tensor.get_dtype()} {tensor.get_shape()}"
                 raise ValueError(f"{self.path}: {name} must be {' or '.join(kinds)} {shapes[name]}, got {found}")
-        points = [record.size[0] * record.size[1] for record in self.records]
-        if offsets[0] != 0 or not np.array_equal(np.diff(offsets), points):
+        if offsets[0] != 0 or not np.array_equal(np.diff(offsets), [record.num_points for record in self.records]):
             raise ValueError(f"{self.path}: offsets must agree with the crop sizes of the manifest beside it")
         return offsets
+
+    def _note(self, name: str) -> dict[str, Any]:
+        try:
+            note = json.loads(self.metadata.get(name, "{}"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path}: {name} is no JSON: {error}") from error
+        if not isinstance(note, dict):
+            raise ValueError(f"{self.path}: {name} must be a JSON object, got {note!r}")
+        return note
 
 
 def _read_manifest(path: Path) -> list[Record]:
@@ -285,105 +370,3 @@ def _read_manifest(path: Path) -> list[Record]:
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from error
     return records
-
-
-_COLOURS = ("red", "green", "blue")
-_PLY_POINT = np.dtype([*((name, "<f4") for name in "xyz"), *((name, "u1") for name in _COLOURS), ("vertex", "<i4")])
-_PLY_KINDS = {
-    **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4"},
-    **{"int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4", "float32": "f4"},
-    **{"double": "f8", "float64": "f8"},
-}
-
-
-def write_ply(path: str | Path, cloud: PointCloud) -> None:
-    """Write a cloud as binary little-endian PLY: x y z (float), red green blue (uchar), vertex (int). Lossless."""
-    points = np.empty(len(cloud), _PLY_POINT)
-    columns = [*cloud.xyz.T, *cloud.rgb.T, cloud.vertex]
-    for name, column in zip(_PLY_POINT.names or (), columns, strict=True):
-        points[name] = column
-    kinds = {"<f4": "float", "|u1": "uchar", "<i4": "int"}
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(cloud)}"]
-    header += [f"property {kinds[point[1]]} {point[0]}" for point in _PLY_POINT.descr]
-    with atomic_write(path) as file:
-        file.write("\n".join([*header, "end_header\n"]).encode() + points.tobytes())
-
-
-def read_ply(path: str | Path) -> PointCloud:
-    """Read a cloud from a binary PLY file of either byte order; other properties and elements are left out.
-
-    Colours must be uchar. Points without a "vertex" property are background (-1).
-
-    Raises: ValueError naming the file when it is truncated, ASCII or not such a PLY.
-    """
-    data = Path(path).read_bytes()
-    head, found, body = data.partition(b"end_header\n")
-    lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
-    lines = [words for words in lines if words and words[0] not in ("comment", "obj_info")]
-    orders = {"binary_little_endian": "<", "binary_big_endian": ">"}
-    if not found or len(lines) < 3 or lines[0] != ["ply"] or lines[1][0] != "format":
-        raise ValueError(f"{path}: not a PLY file with a whole header")
-    if lines[1][1] not in orders:
-        raise ValueError(f"{path}: format must be binary, got {lines[1][1]}")
-    if lines[2][:2] != ["element", "vertex"] or len(lines[2]) != 3 or not lines[2][2].isdigit():
-        raise ValueError(f"{path}: the first element must be vertex, got {' '.join(lines[2])}")
-    fields = []
-    for words in lines[3:]:
-        if words[0] != "property":
-            break
-        if len(words) != 3 or words[1] not in _PLY_KINDS:
-            raise ValueError(f"{path}: unknown vertex property: {' '.join(words)}")
-        fields.append((words[2], orders[lines[1][1]] + _PLY_KINDS[words[1]]))
-    point, count = np.dtype(fields), int(lines[2][2])
-    if missing := {"x", "y", "z", *_COLOURS} - set(point.names or ()):
-        raise ValueError(f"{path}: vertex properties missing: {sorted(missing)}")
-    if len(body) < count * point.itemsize:
-        raise ValueError(f"{path}: truncated: {count} points need {count * point.itemsize} bytes, got {len(body)}")
-    points = np.frombuffer(body, point, count)
-    if any(points[name].dtype != np.uint8 for name in _COLOURS):
-        raise ValueError(f"{path}: red, green and blue must be uchar")
-    vertex = points["vertex"] if "vertex" in (point.names or ()) else np.full(count, -1)
-    xyz, rgb = (np.stack([points[name] for name in names], axis=1) for names in ("xyz", _COLOURS))
-    return _cloud(path, xyz, rgb, vertex)
-
-
-def write_obj(path: str | Path, cloud: PointCloud) -> None:
-    """Write a cloud as the text files published with OG-Net: "v x y z r g b" lines, six decimals, colours in 0..1.
-
-    Body points come first in vertex order, then the background in the cloud's order; vertex numbers are lost. The one
-    face line at the end is a dummy, there so that mesh readers accept the file.
-
-    Source: the 3DMarket+bg files of github.com/layumi/person-reid-3d.
-    """
-    order = np.lexsort([cloud.vertex, cloud.vertex < 0])
-    rows = np.concatenate([cloud.xyz[order], cloud.rgb[order] / 255], axis=1)
-    with atomic_write(path) as file:
-        file.writelines(b"v %f %f %f %f %f %f\n" % tuple(row) for row in rows.tolist())
-        file.write(b"f 1 2 3\n")
-
-
-def read_obj(path: str | Path) -> PointCloud:
-    """Read a cloud from a published OG-Net text file; all else than "v" lines is left out.
-
-    Such a file does not say which body vertex a point is, nor which points are background: `vertex` is -1 throughout.
-
-    Raises: ValueError naming the file when it has no "v" lines or one without six numbers in range.
-    """
-    lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
-    rows = [line[2:] for line in lines if line.startswith("v ")]
-    if not rows:
-        raise ValueError(f'{path}: no "v x y z r g b" lines')
-    try:
-        values = np.loadtxt(rows, dtype=np.float64, ndmin=2)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if values.shape[1] != 6 or not np.all(np.abs(values[:, 3:] - 0.5) <= 0.5):
-        raise ValueError(f'{path}: "v" lines must hold x y z and three colours in 0..1')
-    return _cloud(path, values[:, :3], np.rint(values[:, 3:] * 255), np.full(len(rows), -1))
-
-
-def _cloud(path: str | Path, xyz: np.ndarray, rgb: np.ndarray, vertex: np.ndarray) -> PointCloud:
-    try:
-        return PointCloud(xyz.astype(np.float32), rgb.astype(np.uint8), vertex.astype(np.int32))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -79,7 +80,14 @@ def test_help_and_version(capsys):
         (["synth", "out", "--cams", "1"], "argument --cams: must be a whole number from 2 to 6, got '1'"),
         (["synth", "out", "--cams", "7"], "argument --cams: must be a whole number from 2 to 6, got '7'"),
         (["convert", "src", "out", "--width", "7"], "argument --width: must be a whole number of at least 8, got '7'"),
-        (["convert", "src"], "the following arguments are required: OUT"),
+        (["convert", "src"], "the following arguments are required: OUT (see reid3d convert --help)"),
+        (["convert"], "the following arguments are required: SRC, OUT"),
+        (["convert", "a", "b", "--shard", "2/2"], "argument --shard: must be I/N with I from 0 to N - 1, got '2/2'"),
+        (
+            ["convert", "a", "b", "--min-confidence", "2"],
+            "argument --min-confidence: must be a number from 0 to 1, got",
+        ),
+        (["convert", "a", "b", "--official", "--mode", "dense"], "not allowed with argument --official"),
         (["eval", "run", "data", "--ap", "coco"], "argument --ap: invalid choice: 'coco'"),
         (["eval", "run", "data", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["eval", "run", "data", "--feat", "x"], "unrecognized arguments: --feat x"),
@@ -221,21 +229,87 @@ def test_train_reads_recipe_and_overrides_in_order(data, capsys, tmp_path, monke
 
 
 def test_synth_and_convert_hand_their_options_on(capsys, tmp_path, monkeypatch):
-    import reid3d.preprocess.convert
+    import reid3d.preprocess.batch
     import reid3d.preprocess.synth
+    from reid3d.preprocess.convert import Recipe
 
     calls = []
     monkeypatch.setattr(reid3d.preprocess.synth, "synth", lambda *a, **k: calls.append((a, k)) or a[0])
-    report = reid3d.preprocess.convert.Report(3, 0, 0, 1.5)
-    monkeypatch.setattr(reid3d.preprocess.convert, "convert_folder", lambda *a, **k: calls.append((a, k)) or report)
+    report = reid3d.preprocess.batch.Report(3, 0, 0, 1.5)
+    monkeypatch.setattr(reid3d.preprocess.batch, "convert_folder", lambda *a, **k: calls.append((a, k)) or report)
     out = tmp_path / "people"
     assert call(capsys, "synth", out, "--ids", "8", "--seed", "3") == (0, f"{out}\n", "")
     code, text, _ = call(capsys, "convert", out, tmp_path / "clouds", "--height", "256", "--width", "128")
     assert code == 0 and "3 clouds written" in text
+    more = ["--fitter", "mean", "--body", "smpl.npz", "--official", "--min-confidence", "0.5", "--refine", "a"]
+    more += [
+        "--refine",
+        "b",
+        "--workers",
+        "3",
+        "--shard",
+        "1/4",
+        "--engine",
+        "ray",
+        "--batch",
+        "8",
+        "--shard-size",
+        "9",
+    ]
+    assert call(capsys, "convert", out, tmp_path / "clouds", *more, "--json", tmp_path / "report.json")[0] == 0
+    assert json.loads((tmp_path / "report.json").read_text())["written"] == 3
+    cores = len(os.sched_getaffinity(0))
+    plain = {"batch": 64, "shard_size": 1024, "part": (0, 1), "workers": cores, "engine": "local"}
+    other = {"batch": 8, "shard_size": 9, "part": (1, 4), "workers": 3, "engine": "ray"}
+    recipe = Recipe("mean", Path("smpl.npz"), "official", (128, 64), 0.5, (Path("a"), Path("b")))
     assert calls == [
         ((out,), {"ids": 8, "cams": 4, "images": 4, "seed": 3}),
-        ((out, tmp_path / "clouds"), {"size": (256, 128), "batch": 64, "shard_size": 1024}),
+        ((out, tmp_path / "clouds", Recipe(size=(256, 128))), plain),
+        ((out, tmp_path / "clouds", recipe), other),
     ]
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    from reid3d.preprocess.synth import synth
+
+    return synth(tmp_path_factory.mktemp("cli") / "people", ids=2, cams=2, images=2, progress=False)
+
+
+@pytest.mark.parametrize("suffix", ["ply", "obj", "glb"])
+def test_convert_one_image_to_a_file(people, capsys, tmp_path, suffix):
+    import reid3d.formats as formats
+
+    image, out = sorted(people.glob("query/*.jpg"))[0], tmp_path / f"a.{suffix}"
+    code, text, err = call(capsys, "convert", image, out, "--mode", "surface")
+    assert (code, text, err) == (0, f"{out}\n", "")
+    if suffix == "glb":
+        verts, faces, rgb = formats.read_glb(out)
+        assert len(verts) == len(rgb) == 6872 and len(faces) == 13717
+    else:
+        cloud = formats.read_ply(out) if suffix == "ply" else formats.read_obj(out)
+        assert len(cloud) == 8192
+
+
+def test_convert_there_and_back(people, capsys, tmp_path):
+    from reid3d.data import open_dataset
+
+    clouds, tree, back = tmp_path / "clouds", tmp_path / "tree", tmp_path / "back"
+    code, text, _ = call(
+        capsys, "convert", people, clouds, "--workers", "1", "--official", "--json", tmp_path / "r.json"
+    )
+    assert code == 0 and "clouds written" in text and "the worst: worst.png" in text
+    count = json.loads((tmp_path / "r.json").read_text())["written"]
+    assert count == json.loads((tmp_path / "r.json").read_text())["quality"]["clouds"] > 5
+    assert call(capsys, "convert", "--verify", clouds)[:2] == (0, f"{clouds}: whole\n")
+    assert call(capsys, "convert", clouds, tree, "--to", "obj")[:2] == (0, f"{count} files written\n")
+    assert call(capsys, "convert", tree, back, "--workers", "1")[0] == 0
+    assert len(open_dataset(back).query) == len(open_dataset(clouds).query) > 0
+    shard = clouds / "query-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\0\0")
+    code, out, err = call(capsys, "convert", "--verify", clouds, "--json", tmp_path / "v.json")
+    assert code == 1 and str(shard) in out and one_error(err) == f"reid3d: error: 1 problems in {clouds}"
+    assert len(json.loads((tmp_path / "v.json").read_text())["problems"]) == 1
 
 
 def test_doctor(capsys, tmp_path):
@@ -283,6 +357,10 @@ def test_inputs_that_are_not_there_or_not_of_that_kind(run, data, capsys, tmp_pa
         (["view", file], "no such folder of features"),
         (["view", empty], "no such feature file"),
         (["convert", none, tmp_path / "out"], str(none)),
+        (["convert", "--verify", none], str(none)),
+        (["convert", file, tmp_path / "out.ply"], "not a JPEG, PNG, BMP or WebP image"),
+        (["convert", none, tmp_path / "out", "--to", "obj"], str(none)),
+        (["convert", run, tmp_path / "out", "--fitter", "best"], "src holds no crops"),
         (["convert", empty, tmp_path / "out"], str(empty)),
         (["synth", file], str(file)),
         (["train", "--data", none, "--out", tmp_path / "run"], str(none)),

@@ -1,7 +1,6 @@
 import json
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file, save_file
 
 from reid3d.cloud import PointCloud
-from reid3d.io import Record, Shard, atomic_write, read_obj, read_ply, write_obj, write_ply, write_shard
+from reid3d.io import Record, Shard, atomic_write, write_shard
 
 
 def cloud(n, seed=0):
@@ -72,8 +71,37 @@ def test_the_manifest_is_json_lines(shard):
         "size": [1, 5],
         "cam": [0.9, 0.1, -0.2],
         "quality": {"visible": 0.25},
+        "aspect": None,
+        "fit": "default",
+        "points": None,
     }
     assert len(lines) == 3
+
+
+def test_a_cloud_of_another_number_of_points_says_so(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_shard(path, [cloud(7), cloud(5)], [record(5, points=7), record(5)], config={})
+    shard = Shard(path)
+    assert [len(shard[i]) for i in range(2)] == [r.num_points for r in shard.records] == [7, 5]
+    with pytest.raises(ValueError, match="must have 7 points, got 5"):
+        write_shard(path, [cloud(5)], [record(5, points=7)], config={})
+
+
+def test_bodies_and_failures_go_along(tmp_path, rng):
+    path = tmp_path / "a.safetensors"
+    bodies = {"pose": rng.random((2, 24, 3), np.float32), "betas": rng.random((2, 10), np.float32)}
+    failures = {"b.jpg": "empty file", "a.jpg": "truncated"}
+    write_shard(path, [cloud(5)] * 2, [record(5)] * 2, config={"a": 1}, bodies=bodies, failures=failures)
+    shard = Shard(path)
+    shard.verify()
+    assert shard.failures == failures and shard.config == {"a": 1}
+    for i in (0, 1, -1):
+        assert all(np.array_equal(array, bodies[name][i]) for name, array in shard.body(i).items())
+        assert set(shard.body(i)) == {"pose", "betas"}
+    write_shard(path, [cloud(5)], [record(5)], config={})
+    assert Shard(path).body(0) == {} and Shard(path).failures == {}
+    with pytest.raises(ValueError, match=r"bodies: pose must be float32 \(1, 24, 3\), got float32 \(2, 24, 3\)"):
+        write_shard(path, [cloud(5)], [record(5)], config={}, bodies=bodies)
 
 
 def test_metadata_names_format_config_versions_and_licence(shard):
@@ -208,8 +236,16 @@ def test_a_truncated_manifest_is_refused_by_name(shard):
         (b"[1]\n", "not a manifest record"),
         (b"\xff\xfe\n", "not a manifest"),
         (b"{}\n", "not a manifest record"),
-        (json.dumps({**vars(record(5)), "pid": "7"}).encode() + b"\n", "pid must be int, got '7'"),
-        (json.dumps({**vars(record(5)), "size": [5]}).encode() + b"\n", "2 numbers expected"),
+        (json.dumps({**vars(record(5)), "pid": "7"}).encode() + b"\n", "pid cannot be '7'"),
+        (json.dumps({**vars(record(5)), "size": [5]}).encode() + b"\n", r"size cannot be \(5,\)"),
+        (json.dumps({**vars(record(5)), "size": [0, 5]}).encode() + b"\n", r"size cannot be \(0, 5\)"),
+        (json.dumps({**vars(record(5)), "cam": [1, 2, float("nan")]}).encode() + b"\n", r"cam cannot be \(1, 2, nan\)"),
+        (json.dumps({**vars(record(5)), "time": 10**20}).encode() + b"\n", "time cannot be 1000"),
+        (json.dumps({**vars(record(5)), "camid": True}).encode() + b"\n", "camid cannot be True"),
+        (json.dumps({**vars(record(5)), "quality": {"a": "b"}}).encode() + b"\n", "quality cannot be"),
+        (json.dumps({**vars(record(5)), "aspect": 0}).encode() + b"\n", "aspect cannot be 0"),
+        (json.dumps({**vars(record(5)), "points": 0}).encode() + b"\n", "points cannot be 0"),
+        (b"[" * 100_000 + b"\n", "not a manifest record"),
         (json.dumps({**vars(record(5)), "colour": 1}).encode() + b"\n", "colour"),
     ],
 )
@@ -342,128 +378,3 @@ def test_a_folder_that_is_a_file_is_an_error_naming_the_file(tmp_path):
     (tmp_path / "a").touch()
     with pytest.raises(NotADirectoryError, match=f"'{tmp_path / 'a' / 'b'}'"), atomic_write(tmp_path / "a" / "b"):
         pass
-
-
-# PLY
-
-HEADER = (
-    "ply\nformat {order} 1.0\ncomment by hand\nelement vertex 2\nproperty uchar red\nproperty uchar green\n"
-    "property uchar blue\nproperty float x\nproperty double y\nproperty float z\n{more}end_header\n"
-)
-
-
-@pytest.mark.parametrize(("order", "sign"), [("binary_little_endian", "<"), ("binary_big_endian", ">")])
-def test_ply_by_hand(tmp_path, order, sign):
-    body = struct.pack(f"{sign}3Bfdf3Bfdf", 1, 2, 3, 0.5, -0.25, 2, 255, 0, 9, -1, 0, 1)
-    (tmp_path / "a.ply").write_bytes(HEADER.format(order=order, more="").encode() + body)
-    read = read_ply(tmp_path / "a.ply")
-    assert read.xyz.tolist() == [[0.5, -0.25, 2], [-1, 0, 1]]
-    assert read.rgb.tolist() == [[1, 2, 3], [255, 0, 9]]
-    assert read.vertex.tolist() == [-1, -1]
-
-
-def test_ply_faces_after_the_points_are_left_out(tmp_path):
-    more = "property int vertex\nelement face 1\nproperty list uchar int vertex_indices\n"
-    body = struct.pack("<3Bfdfi3Bfdfi4B", *(1, 2, 3, 1, 1, 1, 8), *(4, 5, 6, 2, 2, 2, -1), 3, 0, 1, 1)
-    (tmp_path / "a.ply").write_bytes(HEADER.format(order="binary_little_endian", more=more).encode() + body)
-    assert read_ply(tmp_path / "a.ply").vertex.tolist() == [8, -1]
-
-
-def test_ply_bytes(tmp_path):
-    one = PointCloud(np.array([[1, 2, 3]], np.float32), np.array([[4, 5, 6]], np.uint8), np.array([7], np.int32))
-    write_ply(tmp_path / "a.ply", one)
-    header = (
-        b"ply\nformat binary_little_endian 1.0\nelement vertex 1\nproperty float x\nproperty float y\n"
-        b"property float z\nproperty uchar red\nproperty uchar green\nproperty uchar blue\nproperty int vertex\n"
-        b"end_header\n"
-    )
-    assert (tmp_path / "a.ply").read_bytes() == header + struct.pack("<3f3Bi", 1, 2, 3, 4, 5, 6, 7)
-
-
-@pytest.mark.parametrize("n", [0, 1, 300])
-def test_ply_round_trip_is_exact(tmp_path, n):
-    write_ply(tmp_path / "a.ply", cloud(n))
-    assert same(read_ply(tmp_path / "a.ply"), cloud(n))
-
-
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (b"", "not a PLY file"),
-        (b"\x89PNG\r\n", "not a PLY file"),
-        (HEADER.format(order="ascii", more="").encode(), "format must be binary, got ascii"),
-        (
-            HEADER.format(order="binary_little_endian", more="").encode() + bytes(37),
-            "truncated: 2 points need 38 bytes",
-        ),
-        (HEADER.format(order="binary_little_endian", more="property list uchar int x\n").encode(), "unknown vertex"),
-        (b"ply\nformat binary_little_endian 1.0\nelement face 2\nend_header\n", "first element must be vertex"),
-        (b"ply\nformat binary_little_endian 1.0\nelement vertex 0\nend_header\n", "properties missing: .*'blue'"),
-        (
-            HEADER.format(order="binary_little_endian", more="").replace("uchar", "float").encode() + bytes(56),
-            "red, green and blue must be uchar",
-        ),
-        (
-            HEADER.format(order="binary_little_endian", more="").encode() + bytes(3) + b"\xff" * 35,
-            "xyz must be finite",
-        ),
-    ],
-)
-def test_bad_ply_is_refused_by_name(tmp_path, data, words):
-    path = tmp_path / "a.ply"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=f"{path}: .*{words}"):
-        read_ply(path)
-
-
-# The published text clouds
-
-
-def test_obj_by_hand(tmp_path):
-    text = "v 0.100000 -0.500000 1.250000 0.000000 0.501961 1.000000\nv -1.000000 0.000000 0.000000 1 1 1\nf 1 2 3\n"
-    (tmp_path / "a.obj").write_text(text)
-    read = read_obj(tmp_path / "a.obj")
-    assert read.xyz.tolist() == np.float32([[0.1, -0.5, 1.25], [-1, 0, 0]]).tolist()
-    assert read.rgb.tolist() == [[0, 128, 255], [255, 255, 255]]
-    assert read.vertex.tolist() == [-1, -1]
-
-
-def test_obj_text_has_the_body_in_vertex_order_then_the_background(tmp_path):
-    xyz = np.arange(12, dtype=np.float32).reshape(4, 3)
-    write_obj(tmp_path / "a.obj", PointCloud(xyz, np.full((4, 3), 255, np.uint8), np.array([-1, 9, 2, -1], np.int32)))
-    assert (tmp_path / "a.obj").read_text() == (
-        "v 6.000000 7.000000 8.000000 1.000000 1.000000 1.000000\n"
-        "v 3.000000 4.000000 5.000000 1.000000 1.000000 1.000000\n"
-        "v 0.000000 1.000000 2.000000 1.000000 1.000000 1.000000\n"
-        "v 9.000000 10.000000 11.000000 1.000000 1.000000 1.000000\n"
-        "f 1 2 3\n"
-    )
-
-
-def test_obj_round_trip_keeps_every_colour_and_six_decimals(tmp_path):
-    colours = np.arange(256, dtype=np.uint8)
-    c = PointCloud(cloud(256).xyz, np.stack([colours] * 3, 1), np.full(256, -1, np.int32))
-    write_obj(tmp_path / "a.obj", c)
-    read = read_obj(tmp_path / "a.obj")
-    assert np.array_equal(read.rgb, c.rgb)
-    assert np.abs(read.xyz - c.xyz).max() < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", 'no "v x y z r g b" lines'),
-        ("\x00\xff", 'no "v x y z r g b" lines'),
-        ("v 1 2 3\n", "must hold x y z and three colours"),
-        ("v 1 2 3 0 0 2\n", "three colours in 0..1"),
-        ("v 1 2 3 0 0 nan\n", "three colours in 0..1"),
-        ("v 1 2 3 0 0 0\nv 1 2 3 0 0\n", "columns"),
-        ("v 1 2 3 0 0 x\n", "could not convert"),
-        ("v 1 2 inf 0 0 0\n", "xyz must be finite"),
-    ],
-)
-def test_bad_obj_is_refused_by_name(tmp_path, text, words):
-    path = tmp_path / "a.obj"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=f"{path}: .*{words}"):
-        read_obj(path)

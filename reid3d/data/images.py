@@ -7,9 +7,10 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import jpeg_factory
 from PIL.PngImagePlugin import PngImageFile
@@ -20,6 +21,7 @@ SPLITS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_
 READERS = {b"\xff\xd8\xff": jpeg_factory, b"\x89PNG": PngImageFile, b"BM": BmpImageFile, b"RIFF": WebPImageFile}
 MIN_SIDE = 8  # pixels
 MAX_PIXELS = 50_000_000  # 20,000 x 20,000 would take 1.2 GB
+NO_NAME = "the name does not fit PID_cCAMERA..., such as 0002_c1s1_000451_03.jpg"
 FRAMES_PER_SESSION = 1_000_000  # Market-1501 numbers frames with six digits
 _NAME = re.compile(  # at most nine digits a number, so that all fit into 64 bits
     r"(?P<pid>-1|[0-9]{1,9})_c(?P<camid>[1-9][0-9]{0,8})"
@@ -86,7 +88,7 @@ def _sort(root: Path, files: list[tuple[Path, str]]) -> tuple[list[ImageRecord],
     images, rejected = [], []
     for path, split in files:
         name = path.relative_to(root).as_posix()
-        fit = _NAME.match(path.name)
+        known = parse_name(path.name)
         if path.name.startswith(".") or path.name.lower() == "thumbs.db":
             continue
         if path.is_dir():
@@ -95,26 +97,54 @@ def _sort(root: Path, files: list[tuple[Path, str]]) -> tuple[list[ImageRecord],
             rejected.append((name, f"not an image name: the extension must be one of {' '.join(EXTENSIONS)}"))
         elif split == "all":
             images.append(ImageRecord(path, name, split, pid=-1, camid=-1, time=-1))
-        elif not fit:
-            rejected.append((name, "the name does not fit PID_cCAMERA..., such as 0002_c1s1_000451_03.jpg"))
+        elif known is None:
+            rejected.append((name, NO_NAME))
         else:
-            time = int(fit["frame"] or fit["f"] or -1) + FRAMES_PER_SESSION * (int(fit["session"] or 1) - 1)
-            images.append(ImageRecord(path, name, split, int(fit["pid"]), int(fit["camid"]), time))
+            images.append(ImageRecord(path, name, split, *known))
     return images, rejected
 
 
-def read_image(image: str | Path | Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """Pixels (H, W, 3) uint8 RGB of an image resized to `size` = (H, W), whatever its aspect.
+def parse_name(name: str) -> tuple[int, int, int] | None:
+    """pid, camid and time by the name of a file, see `list_images`; None where it does not fit."""
+    fit = _NAME.match(name)
+    if not fit:
+        return None
+    time = int(fit["frame"] or fit["f"] or -1) + FRAMES_PER_SESSION * (int(fit["session"] or 1) - 1)
+    return int(fit["pid"]), int(fit["camid"]), time
 
-    EXIF orientation is honoured, transparency lies over white, 16-bit greys are scaled and large JPEGs decoded
-    reduced.
+
+def read_image(image: str | Path | Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Pixels (H, W, 3) uint8 RGB of an image resized to `size` = (H, W), whatever its aspect; see `read_picture`."""
+    return resize(read_picture(image, 2 * max(size)).pixels, size)
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Pixels (h, w, 3) uint8 resampled to `size` = (H, W): bilinear, averaging where they get fewer."""
+    if pixels.shape[:2] == tuple(size):
+        return pixels
+    return np.array(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+class Picture(NamedTuple):
+    """pixels (h, w, 3) uint8 RGB of an image, reduced perhaps, and size (H, W) of the image itself, upright."""
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+
+
+def read_picture(image: str | Path | Image.Image, longest: int) -> Picture:
+    """An image in its own proportions.
+
+    An image with a side of twice `longest` pixels or more is reduced by a whole number, as far as it stays that long.
+    EXIF orientation is honoured, transparency lies over white, 16-bit greys are scaled and large JPEGs decoded reduced.
 
     Raises: OSError when the file cannot be read; ValueError when it is no regular file, empty, truncated, not one of
         JPEG, PNG, BMP and WebP, under 8 pixels wide or high, or over 50 megapixels (which is seen before decoding).
     """
     if isinstance(image, Image.Image):
         _check_dimensions(image)
-        return _resized(ImageOps.exif_transpose(image), size)
+        image = ImageOps.exif_transpose(image)
+        return Picture(_rgb(image, longest), (image.height, image.width))
     status = os.stat(image)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
         raise ValueError("not a regular file")
@@ -133,11 +163,13 @@ def read_image(image: str | Path | Image.Image, size: tuple[int, int]) -> np.nda
             raise ValueError(f"broken image: {_line(error)}") from error
         _check_dimensions(picture)
         try:
-            picture.draft(None, (2 * max(size), 2 * max(size)))
+            turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            size = picture.size if turned else picture.size[::-1]
+            picture.draft(None, (longest, longest))
             picture = ImageOps.exif_transpose(picture)
         except Exception as error:
             raise ValueError(f"broken image: {_line(error)}") from error
-        return _resized(picture, size)
+        return Picture(_rgb(picture, longest), size)
 
 
 def _line(error: Exception) -> str:
@@ -151,12 +183,13 @@ def _check_dimensions(image: Image.Image) -> None:
         raise ValueError(f"{image.width} x {image.height} pixels: more than {MAX_PIXELS // 1_000_000} megapixels")
 
 
-def _resized(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+def _rgb(image: Image.Image, longest: int) -> np.ndarray:
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray((grey * 255 / 65535).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    height, width = size
-    return np.array(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
+    image = image.convert("RGB")
+    factor = max(image.size) // longest
+    return np.array(image.reduce(factor) if factor > 1 else image)

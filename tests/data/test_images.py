@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from reid3d.data import list_images, read_image
+from reid3d.data.images import read_picture
 
 SIZE = (128, 64)
 
@@ -171,6 +172,18 @@ def test_an_image_of_the_right_size_is_taken_as_it_is(tmp_path, name):
     assert np.abs(np.array(corners(pixels)) - COLOURS).max() <= (2 if name == "a.jpg" else 0)
     if name == "a.png":
         assert np.array_equal(pixels, np.asarray(quarters()))
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(1, (300, 1200)), (6, (1200, 300)), (3, (300, 1200))])
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_picture_knows_the_size_of_its_file_upright(tmp_path, orientation, size, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (1200, 300)).save(tmp_path / f"a.{suffix}", exif=exif)
+    picture = read_picture(tmp_path / f"a.{suffix}", 256)
+    assert picture.size == size
+    assert picture.pixels.shape[:2] == (size[0] // 4, size[1] // 4)  # a whole factor; the longer side stays above 256
+    assert read_picture(tmp_path / f"a.{suffix}", 5000).pixels.shape[:2] == size
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (20, 60), (300, 100), (640, 1280)])

@@ -1,44 +1,29 @@
+"""A folder of crops to shards: what is written, what is refused, and what stopping at any moment does."""
+
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
-from torch import nn
 
 from reid3d.data import open_dataset
-from reid3d.io import Shard
-from reid3d.preprocess import convert as module
-from reid3d.preprocess.convert import Report, convert, convert_folder, fit_crops
-
-V = 8
-
-
-class CubeFitter(nn.Module):
-    """A fitter whose body is a cube, as far to the right as the crop is bright; black crops have no body."""
-
-    def __init__(self, half=0.5, seconds=0.0):
-        super().__init__()
-        corners = torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]).float()
-        quads = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
-        faces = torch.tensor([t for a, b, c, d in quads for t in ((a, b, c), (a, c, d))])
-        self.register_buffer("corners", corners * half)
-        self.body = SimpleNamespace(faces=faces)
-        self.seconds = seconds
-
-    def forward(self, images):
-        time.sleep(self.seconds)
-        brightness = images.float().mean((1, 2, 3)) / 255
-        cam = torch.stack([torch.full_like(brightness, 0.8), brightness * 0.2, torch.zeros_like(brightness)], 1)
-        cam[brightness == 0] = torch.nan
-        return SimpleNamespace(verts=self.corners.expand(len(images), -1, -1), cam=cam)
+from reid3d.io import Shard, hold_folder
+from reid3d.preprocess import engines
+from reid3d.preprocess.batch import Report, convert_folder, verify
+from reid3d.preprocess.convert import Recipe, convert
+from reid3d.preprocess.synth import synth
+from tests.cube import CubeFitter
 
 
 def crop(path, grey, shape=(64, 128)):
@@ -55,7 +40,7 @@ def plain(folder, count=10):
 
 
 def contents(out):
-    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".lock")}
 
 
 def failures(out):
@@ -63,69 +48,9 @@ def failures(out):
     return {line["name"]: line["reason"] for line in map(json.loads, lines)}
 
 
-def run(src, out, **options):
-    return convert_folder(
-        src, out, **{"batch": 3, "shard_size": 4, "fitter": CubeFitter(), "progress": False, **options}
-    )
-
-
-# One image
-
-
-def test_a_crop_becomes_one_point_a_pixel(tmp_path):
-    crop(tmp_path / "a.png", 100)
-    cloud = convert(tmp_path / "a.png", fitter=CubeFitter())
-    assert len(cloud) == 128 * 64
-    assert np.array_equal(cloud.vertex[:4], [0, 2, 4, 6])  # the face towards the camera; the rest is hidden
-    assert (cloud.vertex[4:] == -1).all()
-    assert np.array_equal(cloud.xyz[:4], CubeFitter().corners[::2].numpy())
-    pixels = np.asarray(Image.open(tmp_path / "a.png"))
-    x, y = (0.8 * (np.array([-0.5, -0.5]) + [pixels.mean() / 255 * 0.2, 0]) * 128 + [64, 128]) / 2
-    assert np.array_equal(cloud.rgb[0], pixels[int(y), int(x)])
-
-
-def test_a_picture_in_memory_and_another_size():
-    cloud = convert(Image.new("RGB", (30, 50), (10, 20, 30)), size=(64, 32), fitter=CubeFitter())
-    assert len(cloud) == 64 * 32
-    assert (cloud.rgb == [10, 20, 30]).all()
-
-
-def test_what_convert_refuses(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=f"image: {tmp_path / 'a.jpg'}: not a JPEG"):
-        convert(tmp_path / "a.jpg", fitter=CubeFitter())
-    with pytest.raises(FileNotFoundError, match="no.jpg"):
-        convert(tmp_path / "no.jpg", fitter=CubeFitter())
-    with pytest.raises(ValueError, match="no body could be fitted"):
-        convert(Image.new("RGB", (64, 128)), fitter=CubeFitter())
-    with pytest.raises(ValueError, match=r"size must be .* at least 8 .*, got \(4, 64\)"):
-        convert(Image.new("RGB", (64, 128)), size=(4, 64), fitter=CubeFitter())
-    with pytest.raises(ValueError, match=r"size must be .* at most 50 megapixels, got \(9000, 9000\)"):
-        convert(Image.new("RGB", (64, 128)), size=(9000, 9000), fitter=CubeFitter())
-    with pytest.raises(TypeError, match=r"size must be two integers .*, got \(128.0, 64\)"):
-        convert(Image.new("RGB", (64, 128)), size=(128.0, 64), fitter=CubeFitter())
-
-
-@pytest.mark.parametrize(
-    ("verts", "cam"),
-    [
-        (1.0, [torch.nan, 0, 0]),
-        (1.0, [1e-9, 0, 0]),
-        (1.0, [-1, 0, 0]),
-        (1.0, [1, 1e6, 0]),
-        (torch.inf, [1, 0, 0]),
-        (1e6, [1, 0, 0]),
-    ],
-)
-def test_a_fit_out_of_this_world_is_none(verts, cam):
-    fitter = CubeFitter()
-    fit = SimpleNamespace(verts=fitter.corners.repeat(2, 1, 1), cam=torch.tensor([[0.8, 0, 0], cam]))
-    fit.verts[1, 3, 2] = verts
-    fitter.forward = lambda images: fit
-    crops = np.zeros((2, 128, 64, 3), np.uint8)
-    good, bad = fit_crops(list(crops), fitter)
-    assert bad is None
-    assert good.quality == {"visible": 0.5, "inside": 1.0} and len(good.cloud) == 128 * 64
+def run(src, out, fitter=None, size=(128, 64), min_confidence=0.2, **options):
+    recipe = Recipe(fitter=fitter or CubeFitter(), size=size, min_confidence=min_confidence)
+    return convert_folder(src, out, recipe, **{"batch": 3, "shard_size": 4, "progress": False, **options})
 
 
 # A folder
@@ -137,7 +62,7 @@ def test_a_plain_folder(tmp_path):
     assert report.clouds_per_second > 0
     assert sorted(contents(tmp_path / "out")) == sorted(
         [f"all-0000{k}.{suffix}" for k in range(3) for suffix in ("jsonl", "safetensors")]
-        + ["dataset.json", "failures.jsonl"]
+        + ["dataset.json", "failures.jsonl", "quality.json", "worst.png"]
     )
     split = open_dataset(tmp_path / "out").all
     assert split.names == [f"{i:02d}.png" for i in range(10)]
@@ -149,13 +74,19 @@ def test_a_plain_folder(tmp_path):
     record = split.records[3]
     assert record.size == (128, 64)
     assert record.cam[0] == pytest.approx(0.8) and record.cam[1] == pytest.approx(80 / 255 * 0.2, abs=0.001)
-    assert record.quality == {"visible": 2 / V, "inside": 1.0}  # the left corners miss the centres of their pixels
+    # the left corners miss the centres of their pixels
+    assert record.quality == {"confidence": 0.75, "visible": 0.25, "inside": 1.0}
+    assert record.fit == "CubeFitter" and record.aspect == 0.5 and record.num_points == 128 * 64
 
 
 def test_quality_counts_what_falls_outside(tmp_path):
     crop(tmp_path / "a.png", 250)
     run(tmp_path / "a.png", tmp_path / "out", fitter=CubeFitter(half=0.56))  # its right side leaves the crop
-    assert open_dataset(tmp_path / "out").all.records[0].quality == {"visible": 0.25, "inside": 0.5}
+    assert open_dataset(tmp_path / "out").all.records[0].quality == {
+        "confidence": 0.75,
+        "visible": 0.25,
+        "inside": 0.5,
+    }
 
 
 def test_market_layout(tmp_path):
@@ -208,7 +139,6 @@ def mixed(tmp_path, bomb):
 
 
 BAD = {
-    "black.png": "no body could be fitted",
     "bomb.png": "20000 x 20000 pixels: more than 50 megapixels",
     "dot.png": "1 x 1 pixels: a side must have at least 8",
     "gone.jpg": "cannot be read: No such file or directory",
@@ -220,22 +150,26 @@ BAD = {
 
 def test_bad_files_are_lines_in_the_report_and_the_rest_is_converted(mixed, tmp_path):
     report = run(mixed, tmp_path / "out")
-    assert (report.written, report.failed) == (9, 8)
+    assert (report.written, report.failed) == (10, 7)
     found = failures(tmp_path / "out")
     assert found.pop("truncated.png").startswith("broken image: ")
     assert found == BAD
     assert list(found) == sorted(found)
     assert open_dataset(tmp_path / "out").all.names == (
-        [f"{i:02d}.png" for i in range(6)] + ["cmyk.jpg", "palette.png", "sixteen.png"]
+        [f"{i:02d}.png" for i in range(6)] + ["black.png", "cmyk.jpg", "palette.png", "sixteen.png"]
     )
-    assert str(report).endswith("0 were there, 8 files failed: see failures.jsonl")
+    first, second = str(report).splitlines()
+    assert first.endswith("0 were there, 7 files failed: see failures.jsonl")
+    assert (
+        second == "confidence: median 0.75, 5 % below 0.34; 1 of 10 clouds have an upright body; the worst: worst.png"
+    )
 
 
 def test_the_same_call_again_finds_all_done(mixed, tmp_path):
     run(mixed, tmp_path / "out")
     before = contents(tmp_path / "out")
     report = run(mixed, tmp_path / "out")
-    assert report == Report(written=0, skipped=9, failed=8, clouds_per_second=0)
+    assert report == Report(written=0, skipped=10, failed=7, clouds_per_second=0, quality=report.quality)
     assert contents(tmp_path / "out") == before
 
 
@@ -244,7 +178,7 @@ def test_a_file_that_failed_is_tried_again_once_it_changed(mixed, tmp_path):
     (mixed / "zero.jpg").write_bytes((mixed / "cmyk.jpg").read_bytes())
     (mixed / "notes.txt").unlink()
     report = run(mixed, tmp_path / "out")
-    assert (report.written, report.skipped, report.failed) == (2, 8, 6)  # its shard is made again
+    assert (report.written, report.skipped, report.failed) == (2, 9, 5)  # its shard is made again
     run(mixed, tmp_path / "fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
@@ -259,6 +193,8 @@ def test_a_crop_that_changed_is_converted_again_with_its_shard(tmp_path):
     assert {name for name, data in contents(out).items() if data != before[name]} == {
         "all-00001.safetensors",
         "all-00001.jsonl",
+        "quality.json",
+        "worst.png",
     }
     run(src, tmp_path / "fresh")
     assert contents(out) == contents(tmp_path / "fresh")
@@ -270,7 +206,7 @@ def test_a_crop_that_changed_is_converted_again_with_its_shard(tmp_path):
 
 def test_the_bytes_depend_neither_on_threads_nor_on_when_it_ran(mixed, tmp_path, monkeypatch):
     for threads in (1, 7):
-        monkeypatch.setattr(module, "DECODE_THREADS", threads)
+        monkeypatch.setattr(engines, "DECODE_THREADS", threads)
         run(mixed, tmp_path / str(threads))
     assert contents(tmp_path / "1") == contents(tmp_path / "7")
 
@@ -278,15 +214,23 @@ def test_the_bytes_depend_neither_on_threads_nor_on_when_it_ran(mixed, tmp_path,
 # Stopped and begun again
 
 SLOW = """
-import sys
+import os, sys
+os.setsid()
 sys.path.insert(0, {tests!r})
-from test_convert import CubeFitter, run
-run({src!r}, {out!r}, fitter=CubeFitter(seconds={seconds}))
+from tests.cube import CubeFitter
+from tests.preprocess.test_batch import run
+run({src!r}, {out!r}, {options}fitter=CubeFitter(seconds={seconds}))
 """
 
 
-def process(src, out, seconds=0.15, prelude=""):
-    code = prelude + SLOW.format(tests=os.path.dirname(__file__), src=str(src), out=str(out), seconds=seconds)
+def process(src, out, seconds=0.15, prelude="", options=""):
+    code = prelude + SLOW.format(
+        options=options,
+        tests=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
+        src=str(src),
+        out=str(out),
+        seconds=seconds,
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -314,10 +258,220 @@ def test_a_stopped_run_is_finished_by_the_same_call(mixed, tmp_path, how):
         open_dataset(out)
     (out / ".all-00002.safetensors.999.tmp").write_bytes(b"half a shard")
     report = run(mixed, out)
-    assert report.skipped >= 4 and report.written + report.skipped == 9 and report.failed == 8
+    assert report.skipped >= 4 and report.written + report.skipped == 10 and report.failed == 7
     assert contents(out) == contents(tmp_path / "whole")
     for name in ("all-00000.safetensors", "all-00000.jsonl", "all-00001.safetensors", "all-00001.jsonl"):
         assert contents(out)[name] == done[name]
+
+
+def children(pid):
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:  # it has ended
+        return []
+
+
+def in_the_background(src, out, **options):
+    """A run in a process of its own, forked, so that it begins at once."""
+
+    def start():
+        torch.set_num_threads(1)  # the threads of this process are not in the forked one
+        run(src, out, fitter=CubeFitter(seconds=0.04), **options)
+
+    running = multiprocessing.get_context("fork").Process(target=start)
+    running.start()
+    return running
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(mixed, tmp_path, workers):
+    for i in range(6, 20):
+        crop(mixed / f"{i:02d}.png", 100 + i)
+    run(mixed, tmp_path / "whole")
+    out, moments = tmp_path / "out", np.random.default_rng(0).uniform(0.02, 0.4, 20)
+    finished = 0
+    for moment in moments:
+        running = in_the_background(mixed, out, workers=workers)
+        running.join(moment)
+        orphans = children(running.pid)
+        running.kill()
+        running.join(30)
+        finished += running.exitcode == 0
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() for pid in orphans):  # the workers end with their parent
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        for path in out.glob("[!.]*.jsonl"):  # what is there is whole
+            if path.name != "failures.jsonl":
+                Shard(path.with_suffix(".safetensors")).verify()
+    assert finished < 15
+    report = run(mixed, out, workers=workers)
+    assert report.written + report.skipped == 24 and report.failed == 7
+    assert contents(out) == contents(tmp_path / "whole") and verify(out) == []
+
+
+# Shared among processes
+
+
+def test_any_number_of_workers_gives_the_same_bytes(mixed, tmp_path):
+    reports = [run(mixed, tmp_path / str(workers), workers=workers) for workers in (1, 2, 7)]
+    assert [(r.written, r.failed) for r in reports] == [(10, 7)] * 3
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "7")
+
+
+def test_the_embedded_fitter_gives_the_same_bytes_in_any_number_of_workers(tmp_path):
+    src = synth(tmp_path / "people", ids=4, cams=2, images=3, progress=False)
+    for workers in (1, 2):
+        convert_folder(src, tmp_path / str(workers), batch=5, shard_size=9, workers=workers, progress=False)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_parts_make_the_whole(mixed, tmp_path, order):
+    run(mixed, tmp_path / "whole")
+    first, second = (run(mixed, tmp_path / "parts", part=(i, 2)) for i in order)
+    assert first.quality is None and second.quality == run(mixed, tmp_path / "whole").quality
+    assert first.written + second.written == 10 and second.failed == 7
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_parts_at_once(mixed, tmp_path):
+    run(mixed, tmp_path / "whole")
+    running = [in_the_background(mixed, tmp_path / "out", part=(i, 3)) for i in range(3)]
+    for process in running:
+        process.join(60)
+        assert process.exitcode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_parts_keep_out_whom_they_must(tmp_path):
+    src, out = plain(tmp_path / "crops"), tmp_path / "out"
+    out.mkdir()
+    with hold_folder(out, "", shared=True), hold_folder(out, "", name=".lock-0-of-2"):  # as part 0 of 2 does
+        for part in ((0, 2), (0, 1), (1, 3)):
+            with pytest.raises(BlockingIOError, match=f"is writing into {out}"):
+                run(src, out, part=part)
+        assert run(src, out, part=(1, 2)).written == 4
+
+
+@pytest.mark.parametrize("part", [(0, 0), (2, 2), (-1, 2)])
+def test_parts_that_are_none(tmp_path, part):
+    with pytest.raises(ValueError, match=rf"part must be \(i, n\) with 0 <= i < n, got \({part[0]}, {part[1]}\)"):
+        run(plain(tmp_path / "crops", 1), tmp_path / "out", part=part)
+
+
+def test_ray_gives_the_same_bytes(mixed, tmp_path):
+    for engine in ("local", "ray"):
+        recipe = Recipe(fitter="mean")
+        report = convert_folder(mixed, tmp_path / engine, recipe, shard_size=4, engine=engine, progress=False)
+        assert (report.written, report.failed) == (10, 7)
+    ray.shutdown()
+    assert contents(tmp_path / "local") == contents(tmp_path / "ray")
+    with pytest.raises(ValueError, match="engine must be one of local, ray, got 'spark'"):
+        run(mixed, tmp_path / "spark", engine="spark")
+
+
+class Deadly(CubeFitter):
+    """Ends its process at the crop called 05."""
+
+    def forward(self, crops, names):
+        if "05.png" in names:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(crops, names)
+
+
+def test_a_worker_that_dies_is_an_error_and_what_was_finished_stays(tmp_path):
+    src, out = plain(tmp_path / "crops"), tmp_path / "out"
+    with pytest.raises(RuntimeError, match="a worker process was killed, perhaps for want of memory"):
+        run(src, out, fitter=Deadly(), workers=2)
+    assert "all-00001.jsonl" not in contents(out)
+
+
+def test_interrupting_the_workers(mixed, tmp_path):
+    out = tmp_path / "out"
+    running = process(mixed, out, options="workers=2, ")
+    wait_for(out / "all-00001.jsonl", running)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    _, text = running.communicate(timeout=60)
+    assert running.returncode != 0 and text.count("Traceback") == 1 and text.strip().endswith("KeyboardInterrupt")
+    run(mixed, tmp_path / "whole")
+    run(mixed, out)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+# With evidence
+
+
+def test_evidence_refines_the_fits_and_what_is_broken_is_listed(tmp_path):
+    src = synth(tmp_path / "people", ids=2, cams=2, images=2, seed=4, progress=False)
+    truth = np.load(src / "gt.npz")
+    masks = np.unpackbits(truth["mask"], axis=1).reshape(-1, 128, 64).astype(bool)
+    for name, mask in zip(truth["names"], masks, strict=True):
+        path = (tmp_path / "masks" / name).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(path)
+    without, broken = truth["names"][0], truth["names"][1]
+    (tmp_path / "masks" / without).with_suffix(".png").unlink()
+    (tmp_path / "masks" / broken).with_suffix(".png").write_bytes(b"no picture")
+    recipe = Recipe(refine=(tmp_path / "masks",))
+    for workers in (1, 2):
+        report = convert_folder(src, tmp_path / str(workers), recipe, shard_size=8, workers=workers, progress=False)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert report.failed == 1 and report.written == len(masks) - 1
+    (reason,) = failures(tmp_path / "1").values()
+    assert reason.startswith(f"mask of {broken} in {tmp_path / 'masks'}: ") and "must be a PNG file" in reason
+    data = open_dataset(tmp_path / "1")
+    records = [r for split in (data.train, data.query, data.gallery) for r in split.records]
+    refined = [r for r in records if "iou_after" in r.quality]
+    assert len(refined) == len(records) - 1 and without not in [r.name for r in refined]
+    before, after = (np.mean([r.quality[f"iou_{when}"] for r in refined]) for when in ("before", "after"))
+    assert after > before + 0.1 and after > 0.8
+    assert report.quality.means["iou_after"] == pytest.approx(after, abs=1e-3)
+    with pytest.raises(ValueError, match="refine was None, is "):
+        convert_folder(src, tmp_path / "plain", shard_size=8, progress=False)
+        convert_folder(src, tmp_path / "plain", recipe, shard_size=8, progress=False)
+
+
+# Looking after
+
+
+def test_verify_reads_every_byte(tmp_path):
+    src, out = plain(tmp_path / "crops"), tmp_path / "out"
+    run(src, out)
+    assert verify(out) == []
+    for name in ("all-00001.safetensors", "all-00001.jsonl"):
+        data = (out / name).read_bytes()
+        for at in (len(data) // 2, len(data) - 3):
+            (out / name).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            (problem,) = verify(out)
+            assert "all-00001" in problem and problem.endswith("convert again to mend it")
+        (out / name).write_bytes(data)
+    (out / "all-00002.jsonl").unlink()
+    (out / "other.safetensors").touch()
+    assert verify(out) == [
+        f"{out / 'all-00002.jsonl'}: missing, convert again to make it",
+        f"{out / 'other.safetensors'}: is no part of this conversion",
+    ]
+    with pytest.raises(FileNotFoundError, match="out: no such folder"):
+        verify(tmp_path / "none")
+    with pytest.raises(ValueError, match="out is no folder of clouds, it has no dataset.json"):
+        verify(src)
+
+
+def test_the_summary_counts_and_shows_the_worst_first(mixed, tmp_path):
+    report = run(mixed, tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert summary == asdict(report.quality)
+    assert summary["clouds"] == 10 and summary["fits"] == {"CubeFitter": 9, "mean": 1}
+    assert summary["worst"][0] == "black.png" and len(summary["worst"]) == 10
+    assert summary["histogram"] == [1, 0, 0, 0, 0, 0, 0, 9, 0, 0]
+    assert summary["means"]["confidence"] == pytest.approx(0.675)
+    sheet = np.asarray(Image.open(tmp_path / "out" / "worst.png").convert("RGB"))
+    assert sheet.shape == (2 * (256 + 28 + 8) + 8, 6 * (2 * 128 + 8) + 8, 3)
+    assert (sheet[8 : 8 + 256, 8 : 8 + 128] == 0).all()  # the black crop
+    report = run(mixed, tmp_path / "strict", min_confidence=0.8)
+    assert report.quality.fits == {"mean": 10}
+    assert all(r.fit == "mean" for r in open_dataset(tmp_path / "strict").all.records)
 
 
 def test_a_shard_without_its_manifest_is_made_again(mixed, tmp_path):
@@ -350,7 +504,7 @@ def test_a_full_disk_loses_nothing_and_can_be_gone_on_from(tmp_path):
     _, text = running.communicate(timeout=60)
     assert running.returncode == 1
     assert text.strip().splitlines()[-1] == f"OSError: [Errno 27] File too large: '{out / 'all-00001.safetensors'}'"
-    assert sorted(contents(out)) == ["all-00000.jsonl", "all-00000.safetensors", "dataset.json", "failures.jsonl"]
+    assert sorted(contents(out)) == ["all-00000.jsonl", "all-00000.safetensors", "dataset.json"]
     assert run(src, out).skipped == 2
     assert contents(out) == contents(tmp_path / "whole")
 
@@ -455,15 +609,19 @@ def test_an_output_inside_the_source_is_refused(tmp_path):
             run(src, out)
 
 
-def test_a_damaged_shard_is_named(tmp_path):
+def test_a_damaged_shard_is_made_again(tmp_path):
     src, out = plain(tmp_path / "crops"), tmp_path / "out"
     run(src, out)
+    before = contents(out)
     os.truncate(out / "all-00001.safetensors", 100)
-    with pytest.raises(ValueError, match=f"{out / 'all-00001.safetensors'}: not a whole safetensors file"):
-        run(src, out)
+    (problem,) = verify(out)
+    assert problem.startswith(f"{out / 'all-00001.safetensors'}: not a whole safetensors file: ")
+    assert problem.endswith("; delete all-00001.jsonl and convert again to mend it")
+    assert run(src, out).written == 4
+    assert contents(out) == before and verify(out) == []
 
 
-@pytest.mark.parametrize("option", ["batch", "shard_size"])
+@pytest.mark.parametrize("option", ["batch", "shard_size", "workers"])
 def test_counts_must_be_positive(tmp_path, option):
     with pytest.raises(ValueError, match=f"{option} must be >= 1, got 0"):
         run(tmp_path, tmp_path / "out", **{option: 0})

@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 
 from reid3d.io import hold_folder
+from reid3d.ops import rasterize
 from reid3d.preprocess.body import load_body
 from reid3d.preprocess.camera import project
 from reid3d.preprocess.synth import synth
 from reid3d.preprocess.synth.people import BAG, HAIR, TOP, Tailor, hsv_to_rgb, sample_people, sample_poses
 from reid3d.preprocess.synth.render import Renderer, sample_backgrounds, sample_views
 from reid3d.preprocess.train_fitter import project_joints
-from reid3d.preprocess.zbuffer import rasterize
 
 NAME = re.compile(r"(-1|\d{4})_c[1-6]s[1-6]_\d{6}_\d{2}\.jpg")
 
