@@ -90,7 +90,11 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.10", "numpy", "safetensors", "pillow", "tqdm", "jsonargparse[signatures]"],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff", "mypy"],
+        "graph": ["torch-geometric"],
+        "body": ["trimesh"],
+        "ray": ["ray[data]"],
+        # smplx, for non-commercial use, is an oracle of the tests and nothing else.
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "torch-geometric", "trimesh", "ray[data]", "smplx"],
         # What `reid3d bench` compares with. torch-cluster is built from source against the torch that is there, which
         # takes minutes and needs --no-build-isolation.
         "peers": ["fpsample", "scipy", "pykeops", "torch-cluster"],
