@@ -1,8 +1,9 @@
-"""Draws docs/flow.png, the README's picture, from the demo's own files.
+"""Draws the pictures of README and docs from the demo's own files.
 
-    make demo && .venv/bin/python docs/flow.py
+    make demo && .venv/bin/python docs/pictures.py
 
-A query of the demo, the body fitted to it, its cloud from three sides, and its best matches in the gallery.
+flow.png: a query of the demo, the body fitted to it, its cloud from three sides, and its best matches in the gallery.
+modes.png: the query's clouds in each mode. worst.png: the least confident of the demo's crops.
 """
 
 import argparse
@@ -14,23 +15,24 @@ from PIL import Image, ImageDraw, ImageFont
 
 import reid3d
 from reid3d.cloud import PointCloud
+from reid3d.ops import rasterize
 from reid3d.preprocess.body import vertex_normals
 from reid3d.preprocess.camera import project
-from reid3d.preprocess.fit import Fitter
-from reid3d.preprocess.zbuffer import rasterize
+from reid3d.preprocess.fit import EmbeddedFitter
 from reid3d.retrieval.features import Features
 
 SCALE = 3  # picture pixels for a crop pixel
 HEIGHT, WIDTH = 128 * SCALE, 64 * SCALE
+Panel = tuple[str, Image.Image, tuple[int, int, int] | None]  # title, picture, colour of its frame
 
 
 def enlarge(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image).resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)
 
 
-def shaded(fitter: Fitter, image: np.ndarray) -> Image.Image:
+def shaded(fitter: EmbeddedFitter, image: np.ndarray) -> Image.Image:
     """The fitted body over a faded crop."""
-    fit = fitter(torch.from_numpy(image)[None])
+    fit = fitter([image], ["query"])
     seen = rasterize(project(fit.verts, fit.cam, HEIGHT, WIDTH), fitter.body.faces, HEIGHT, WIDTH).face[0]
     normals = vertex_normals(fit.verts, fitter.body.faces)[0][fitter.body.faces[seen[seen >= 0]]].mean(1)
     light = (normals @ torch.tensor([0.2, -0.3, -0.9])).clamp(0, 1) * 0.75 + 0.25
@@ -59,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("build/demo"), help="folder of `make demo`")
     parser.add_argument("--query", type=int, default=55, help="which query to show")
-    parser.add_argument("--out", type=Path, default=Path("docs/flow.png"))
+    parser.add_argument("--out", type=Path, default=Path("docs"))
     args = parser.parse_args()
 
     features = args.demo / "run" / "features"
@@ -69,9 +71,9 @@ def main() -> None:
     image = np.array(Image.open(crops / query.names[args.query]))
     clouds = reid3d.open_dataset(args.demo / "clouds").query
     cloud = clouds.cloud([r.name for r in clouds.records].index(query.names[args.query]))
-    panels = [
+    panels: list[Panel] = [
         ("crop", enlarge(image), None),
-        ("fitted body", shaded(Fitter(), image), None),
+        ("fitted body", shaded(EmbeddedFitter(), image), None),
         ("coloured cloud", splat(cloud, 0.0), None),
         ("turned 45°", splat(cloud, 0.8), None),
         ("turned 90°", splat(cloud, 1.57), None),
@@ -81,6 +83,26 @@ def main() -> None:
         frame = (46, 160, 67) if int(gallery.pids[g]) == pid else (207, 34, 46)
         panels.append((f"match {rank}", enlarge(np.array(Image.open(crops / gallery.names[g]))), frame))
 
+    strip(panels).save(args.out / "flow.png", optimize=True)
+    strip(modes(crops / query.names[args.query])).save(args.out / "modes.png", optimize=True)
+    worst = Image.open(args.demo / "clouds" / "worst.png")
+    worst.crop((0, 0, worst.width, worst.height // 2)).convert("P", palette=Image.Palette.ADAPTIVE).save(
+        args.out / "worst.png", optimize=True
+    )
+
+
+def modes(crop: Path) -> list[Panel]:
+    """A crop's clouds from the front and from the side."""
+    panels: list[Panel] = [("crop", enlarge(np.array(Image.open(crop))), None)]
+    for mode, size in (("paper", (128, 64)), ("surface", (256, 128)), ("official", (256, 128))):
+        cloud = reid3d.convert(crop, mode=mode, size=size)
+        for side, yaw in (("", 0.0), (", side", 1.2)):
+            panels.append((f"{mode} {size[0]}x{size[1]}{side}", splat(cloud, yaw), None))
+    return panels
+
+
+def strip(panels: list[Panel]) -> Image.Image:
+    """Panels side by side, each below its title and in its frame's colour, if it has one."""
     gap, top = 14, 34
     picture = Image.new("RGB", (gap + len(panels) * (WIDTH + gap), top + HEIGHT + gap), (255, 255, 255))
     draw = ImageDraw.Draw(picture)
@@ -91,8 +113,7 @@ def main() -> None:
         picture.paste(panel, (x, top))
         if frame:
             draw.rectangle((x - 2, top - 2, x + WIDTH + 1, top + HEIGHT + 1), outline=frame, width=4)
-    picture.save(args.out, optimize=True)
-    print(args.out)
+    return picture
 
 
 if __name__ == "__main__":
