@@ -6,7 +6,7 @@ A fitter is named by a specification, KIND or KIND:FILE, see FITTERS; `load_fitt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from importlib.resources import as_file, files
@@ -138,15 +138,16 @@ def mirror(rotmats: Tensor) -> Tensor:
     return rotmats[:, other] * flip[:, None] * flip
 
 
-def fit_both_ways(net: nn.Module, images: Tensor, tall: Sequence[float], body: Body, knows_betas: bool) -> BodyFit:
+def fit_both_ways(
+    net: Callable[[Tensor], Regressed], images: Tensor, tall: Sequence[float], body: Body, knows_betas: bool
+) -> BodyFit:
     """Bodies by a network that gives `Regressed` of windows (B,3,H,W), each `tall` crop heights high.
 
     The network sees the mirrored windows too. How far the joints that it finds there are from the others, mirrored
     back, tells how far to trust either; the confidence is 1/2 where they are 14 cm apart on average. Betas are 0 unless
     the network knows those of the body.
     """
-    both = net(torch.cat([images, images.flip(3)]))
-    out, mirrored = (Regressed(*half) for half in zip(*(part.chunk(2) for part in both), strict=True))
+    out, mirrored = net(images), net(images.flip(3))  # not in one batch, which a CPU's cache does not hold
     cam = torch.cat([out.cam[:, :1] * out.cam.new_tensor(tall)[:, None], out.cam[:, 1:]], 1)
     betas = out.betas if knows_betas else torch.zeros_like(out.betas)
     posed = body(out.rotmats, betas)
