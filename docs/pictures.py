@@ -60,7 +60,7 @@ def splat(cloud: PointCloud, yaw: float) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("build/demo"), help="folder of `make demo`")
-    parser.add_argument("--query", type=int, default=55, help="which query to show")
+    parser.add_argument("--query", type=int, default=38, help="which query to show")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     args = parser.parse_args()
 

@@ -13,7 +13,7 @@ from reid3d.bench.timing import Case, Contender
 from reid3d.ops import farthest_point_sample, knn, pyg
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-FILES = sorted(RESULTS.glob("*.json"))
+FILES = sorted(RESULTS.glob("kernels-*.json"))
 CPU = torch.device("cpu")
 SMALL = kernels.Sizes(points=120, stages=(40, 20), k=5, channels=8, wide=(40, 12), width=9)
 
@@ -50,8 +50,24 @@ def test_there_are_results():
 def test_published_figures(path):
     data = json.loads(path.read_text())
     check(data)
+    check_origin(data)
+
+
+def check_origin(data):
     assert not data["environment"]["commit"].endswith("-dirty") and data["environment"]["commit"] != "unknown"
     assert data["environment"]["backend"] != "torch"
+
+
+def test_published_figures_of_conversion():
+    data = json.loads((RESULTS / "convert-cpu.json").read_text())
+    check_origin(data)
+    assert data["suite"] == "convert" and data["speed"]["crops"] == 5000 and data["speed"]["workers"] == 2
+    rates = data["speed"]["crops_a_minute"]
+    assert len(rates["all"]) >= 3 and min(rates["all"]) <= rates["median"] <= max(rates["all"])
+    by_size = {tuple(row["size"]): row for row in data["colours"]}
+    for size in ((128, 64), (256, 128)):
+        assert by_size[size]["paper"]["wrong"] <= 0.005 < by_size[size]["official"]["wrong"]
+    assert sum(row["crops"] for row in data["confidence"]["by_confidence"]) == data["confidence"]["crops"]
 
 
 def test_a_short_run(device, capsys, tmp_path, monkeypatch):
