@@ -132,7 +132,7 @@ class _Table:
             with np.load(path, allow_pickle=False) as file:
                 self.arrays = {key: file[key] for key in file.files}
         except Exception as error:  # whatever the readers stumble over in a broken file
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"params must be an .npz of plain arrays, got {path}: {reason}") from error
         unknown = sorted(self.arrays.keys() - set(KEYS))
         if unknown:

@@ -162,8 +162,8 @@ def read_state(file: str | Path, key: str) -> dict[str, Tensor]:
             with safe_globals([(_Opaque if name.startswith("numpy.") else _Mapping, name) for name in foreign]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the readers stumble over in a broken file
-        found = re.search(r"WeightsUnpickler error: (.*?)(?: was not an allowed|\n|$)", str(error))
-        reason = found[1] if found else (str(error).splitlines() or [type(error).__name__])[0]
+        found = re.search(r"WeightsUnpickler error:\s*(\S.*?)(?: was not an allowed|\n|$)", str(error))
+        reason = found[1] if found else (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"weights must be a checkpoint of tensors, got {path}: {reason}; if you trust it, keep its tensors alone: "
             f"torch.save({{{key!r}: torch.load(file, weights_only=False)[{key!r}]}}, file)"
