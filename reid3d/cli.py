@@ -219,8 +219,10 @@ def _convert(options: argparse.Namespace) -> None:
 
         written = export_tree(options.src, options.out, format=options.to)
         print(f"{written} files written")
+        if options.json:
+            _write_json(options.json, {"written": written})
         return
-    if options.src.is_file() and options.out.suffix in (".ply", ".obj", ".glb"):
+    if options.src.is_file() and options.out.suffix and not options.out.is_dir():
         return _convert_one(options)
     import torch
 
@@ -258,6 +260,8 @@ def _recipe(options: argparse.Namespace) -> dict[str, Any]:
 
 def _convert_one(options: argparse.Namespace) -> None:
     """One image to the file that OUT names."""
+    if options.out.suffix not in (".ply", ".obj", ".glb"):
+        raise _UsageError(f"OUT of one image must end in .ply, .obj or .glb, or be a folder, got {options.out}")
     from .formats import write_glb, write_obj, write_ply
     from .preprocess.convert import convert, convert_mesh
 
@@ -268,6 +272,8 @@ def _convert_one(options: argparse.Namespace) -> None:
     else:
         (write_ply if options.out.suffix == ".ply" else write_obj)(options.out, convert(options.src, **recipe))
     print(options.out)
+    if options.json:
+        _write_json(options.json, {"out": str(options.out)})
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -281,14 +281,23 @@ def test_convert_one_image_to_a_file(people, capsys, tmp_path, suffix):
     import reid3d.formats as formats
 
     image, out = sorted(people.glob("query/*.jpg"))[0], tmp_path / f"a.{suffix}"
-    code, text, err = call(capsys, "convert", image, out, "--mode", "surface")
+    code, text, err = call(capsys, "convert", image, out, "--mode", "surface", "--json", tmp_path / "r.json")
     assert (code, text, err) == (0, f"{out}\n", "")
+    assert json.loads((tmp_path / "r.json").read_text()) == {"out": str(out)}
     if suffix == "glb":
         verts, faces, rgb = formats.read_glb(out)
         assert len(verts) == len(rgb) == 6872 and len(faces) == 13717
     else:
         cloud = formats.read_ply(out) if suffix == "ply" else formats.read_obj(out)
         assert len(cloud) == 8192
+
+
+def test_convert_one_image_to_a_file_of_an_unknown_kind(people, capsys, tmp_path):
+    image, out = sorted(people.glob("query/*.jpg"))[0], tmp_path / "a.xyz"
+    code, _, err = call(capsys, "convert", image, out)
+    assert code == 2 and f"must end in .ply, .obj or .glb, or be a folder, got {out}" in err and not out.exists()
+    out.mkdir()
+    assert call(capsys, "convert", image, out, "--workers", "1")[0] == 0 and (out / "dataset.json").is_file()
 
 
 def test_convert_there_and_back(people, capsys, tmp_path):
@@ -302,7 +311,9 @@ def test_convert_there_and_back(people, capsys, tmp_path):
     count = json.loads((tmp_path / "r.json").read_text())["written"]
     assert count == json.loads((tmp_path / "r.json").read_text())["quality"]["clouds"] > 5
     assert call(capsys, "convert", "--verify", clouds)[:2] == (0, f"{clouds}: whole\n")
-    assert call(capsys, "convert", clouds, tree, "--to", "obj")[:2] == (0, f"{count} files written\n")
+    exported = call(capsys, "convert", clouds, tree, "--to", "obj", "--json", tmp_path / "t.json")
+    assert exported[:2] == (0, f"{count} files written\n")
+    assert json.loads((tmp_path / "t.json").read_text()) == {"written": count}
     assert call(capsys, "convert", tree, back, "--workers", "1")[0] == 0
     assert len(open_dataset(back).query) == len(open_dataset(clouds).query) > 0
     shard = clouds / "query-00000.safetensors"
