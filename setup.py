@@ -93,8 +93,12 @@ setup(
         "graph": ["torch-geometric"],
         "body": ["trimesh"],
         "ray": ["ray[data]"],
+        "cuhk03": ["h5py", "scipy"],
         # smplx, for non-commercial use, is an oracle of the tests and nothing else.
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "torch-geometric", "trimesh", "ray[data]", "smplx"],
+        "test": [
+            *("pytest", "hypothesis", "ruff", "mypy"),
+            *("torch-geometric", "trimesh", "ray[data]", "smplx", "h5py", "scipy"),
+        ],
         # What `reid3d bench` compares with. torch-cluster is built from source against the torch that is there, which
         # takes minutes and needs --no-build-isolation.
         "peers": ["fpsample", "scipy", "pykeops", "torch-cluster"],

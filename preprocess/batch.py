@@ -22,7 +22,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from reid3d.data.images import ImageRecord, list_images
+from reid3d.data.layouts import ImageRecord, list_images
 from reid3d.io import DATASET_FILE, Shard, atomic_write, hold_folder, library_version, manifest_path
 from reid3d.progress import Progress
 
@@ -45,7 +45,8 @@ Failures = dict[str, str]  # name: reason
 class Report:
     """What a conversion did: clouds written now, clouds found done, files that gave none, speed of this run.
 
-    quality: of all clouds in the folder, None while shards are missing that another part makes.
+    quality: of all clouds in the folder, None while shards are missing that another part makes. notes: what the source
+    lacks, see `reid3d.data.Listing`.
     """
 
     written: int
@@ -53,12 +54,14 @@ class Report:
     failed: int
     clouds_per_second: float
     quality: Summary | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         speed = f" ({self.clouds_per_second:.1f}/s)" if self.written else ""
         where = f": see {FAILURES_FILE}" if self.failed else ""
         text = f"{self.written} clouds written{speed}, {self.skipped} were there, {self.failed} files failed{where}"
-        return f"{text}\n{self.quality}" if self.quality else text
+        quality = [str(self.quality)] if self.quality else []
+        return "\n".join([*(f"note: {note}" for note in self.notes), text, *quality])
 
 
 def convert_folder(
@@ -71,9 +74,10 @@ def convert_folder(
     part: tuple[int, int] = (0, 1),
     workers: int = 1,
     engine: str = "local",
+    distractors: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Convert a folder of crops (see `reid3d.data.list_images`), or one image, into shards in the folder `out`.
+    """Convert a data set of crops in any layout of `reid3d.data.list_images` into shards in the folder `out`.
 
     A tree of clouds published with OG-Net (published.py) is imported; the recipe then does not matter.
 
@@ -82,7 +86,7 @@ def convert_folder(
     again, with its shard; a change that keeps the size goes unnoticed.
 
     Args:
-        src, out: folders.
+        src, out: folders; `src` may also be a table or one image.
         recipe: how a crop becomes a cloud; None for `Recipe()`.
         batch: crops fitted at once.
         shard_size: crops in a shard, which is the least that is done again after a stop.
@@ -90,6 +94,7 @@ def convert_folder(
             at once or in turn, make the whole.
         workers: processes, each with one thread; 1 for this process.
         engine: "local", or "ray" for the same work in Ray Data's actors.
+        distractors: take Market-1501's 500k into the gallery, see `reid3d.data.list_images`.
         progress: show a bar on a terminal, lines otherwise.
 
     Raises: FileNotFoundError when `src` is missing; ValueError for a bad argument, when nothing in `src` could be
@@ -107,8 +112,10 @@ def convert_folder(
         raise ValueError(f"part must be (i, n) with 0 <= i < n, got {part}")
     if src.is_dir() and out.resolve().is_relative_to(src.resolve()):
         raise ValueError(f"out must not lie in src ({src}), got {out}")
-    published = is_obj_tree(src)
-    images, rejected = list_obj_tree(src) if published else list_images(src)
+    published = is_obj_tree(src) and not distractors
+    listing = None if published else list_images(src, distractors=distractors)
+    images, rejected = listing[:2] if listing else list_obj_tree(src)
+    root = listing.root if listing and src.is_dir() else src
     if not images:
         why = "; ".join(f"{name}: {reason}" for name, reason in rejected[:3]) or "it is empty"
         raise ValueError(f"src holds no crops to convert: {src} ({why})")
@@ -120,7 +127,7 @@ def convert_folder(
     converter = TreeReader() if published else Converter(recipe or Recipe())
     config = {
         "format": FORMAT,
-        "source": src.resolve().name,
+        "source": root.resolve().name,
         "images": len(images),
         "names": _digest([image.name for image in images]),
         "shard_size": shard_size,
@@ -160,7 +167,8 @@ def convert_folder(
     skipped = sum(clouds[task.path] for task in mine) - written
     if len(found) == len(tasks) and not whole:
         raise ValueError(f"src: not one file in {src} could be converted: see {out / FAILURES_FILE}")
-    return Report(written, skipped, len(failures), written / seconds, quality)
+    notes = tuple(listing.notes) if listing else ()
+    return Report(written, skipped, len(failures), written / seconds, quality, notes)
 
 
 def verify(out: str | Path) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from reid3d.data.images import ImageRecord
+from reid3d.data.layouts import ImageRecord
 from reid3d.io import Record, write_shard
 
 from .convert import Converter, Recipe

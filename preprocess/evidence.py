@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from reid3d.data.images import EXTENSIONS, MAX_PIXELS
+from reid3d.data.images import MAX_PIXELS
+from reid3d.data.layouts import EXTENSIONS
 
 POINTS = (
     "nose", "neck", "right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow", "left_wrist",

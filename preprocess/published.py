@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from reid3d.cloud import PointCloud
-from reid3d.data.images import NO_NAME, ImageRecord, parse_name
+from reid3d.data.layouts import NO_NAME, ImageRecord, parse_name
 from reid3d.formats import read_obj
 
 from .convert import Converted

@@ -80,7 +80,9 @@ def _parser() -> _Parser:
     _number(synth, "--seed", 0, "same seed, same bytes", least=0, most=2**63)
 
     convert = command("convert", "turn pedestrian crops into clouds; a second call goes on where the first stopped")
-    src_help = "folder in Market-1501's layout or any other, an image, or a published tree of .obj clouds"
+    src_help = (
+        "folder of a data set in any usual layout or of crops, table.csv, image, or published tree of .obj clouds"
+    )
     convert.add_argument("src", metavar="SRC", nargs="?", type=Path, help=src_help)
     out_help = "folder of shards to write; for one image also FILE.ply or .obj (its cloud) or .glb (the fitted mesh)"
     convert.add_argument("out", metavar="OUT", nargs="?", type=Path, help=out_help)
@@ -107,6 +109,8 @@ def _parser() -> _Parser:
     work.add_argument("--engine", choices=("local", "ray"), default="local", help="default: %(default)s")
     _number(work, "--batch", 64, "crops fitted at once")
     _number(work, "--shard-size", 1024, "clouds per file")
+    distractors_help = "Market-1501's 500k distractors, in images/, join the gallery (default: off)"
+    work.add_argument("--distractors", action="store_true", help=distractors_help)
     other = convert.add_argument_group("other ways to use it")
     verify_help = "check every byte of a folder of shards, and nothing else (default: off)"
     other.add_argument("--verify", metavar="DIR", type=Path, help=verify_help)
@@ -138,6 +142,8 @@ def _parser() -> _Parser:
     _number(view, "--queries", 12, "queries to show")
 
     doctor = command("doctor", "say what is installed and compiled, and whether it works")
+    data_help = "say what data set DIR holds, and what is missing from it: images or clouds (default: none)"
+    doctor.add_argument("--data", metavar="DIR", type=Path, help=data_help)
     doctor.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
 
     bench = command("bench", "time the ops beside what else computes the same")
@@ -222,7 +228,8 @@ def _convert(options: argparse.Namespace) -> None:
         if options.json:
             _write_json(options.json, {"written": written})
         return
-    if options.src.is_file() and options.out.suffix and not options.out.is_dir():
+    is_image = options.src.is_file() and options.src.suffix.lower() != ".csv"
+    if is_image and options.out.suffix and not options.out.is_dir():
         return _convert_one(options)
     import torch
 
@@ -239,6 +246,7 @@ def _convert(options: argparse.Namespace) -> None:
         part=options.shard,
         workers=workers,
         engine=options.engine,
+        distractors=options.distractors,
     )
     print(report)
     if options.json:
@@ -400,8 +408,14 @@ def _view(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from .doctor import format_report, report
+    from .doctor import format_data, format_report, report, report_data
 
+    if options.data:
+        held = report_data(options.data)
+        print(format_data(held))
+        if options.json:
+            _write_json(options.json, held)
+        return
     found = report()
     print(format_report(found))
     if options.json:

@@ -1,6 +1,7 @@
-"""What this installation has and whether it works. `reid3d doctor` prints it."""
+"""What this installation has and whether it works, and what a data set holds. `reid3d doctor` prints it."""
 
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Callable
@@ -102,6 +103,65 @@ def format_report(report: dict[str, Any]) -> str:
     for device, results in report["ops"].items():
         lines += [f"{f'on {device}':<10}{name}: {result}" for name, result in results.items()]
     return "\n".join(lines)
+
+
+def report_data(root: str | Path) -> dict[str, Any]:
+    """What a data set holds, as plain JSON types: of images, see `reid3d.data.list_images`, or of clouds.
+
+    {"root", "layout", "splits": {name: {"images", "people", "cameras", "junk", "distractors", "without_camera",
+    "without_time"}}, "rejected": {reason: [count, first name]}, "notes"}. Junk has pid -1 (in split "all": people who
+    are not known), distractors have pid 0; neither counts among the people.
+
+    Raises: as `reid3d.data.list_images` and `reid3d.data.open_dataset`; ValueError when there is nothing in it.
+    """
+    from .data import list_images, open_dataset
+    from .data.layouts import SPLITS
+
+    root = Path(root)
+    if root.is_dir() and next(root.glob("[!.]*.safetensors"), None):
+        dataset = open_dataset(root)
+        records: list[Any] = [r for name in SPLITS for r in getattr(dataset, name).records]
+        layout, notes, failures = "clouds", [], root / "failures.jsonl"
+        lines = failures.read_text().splitlines() if failures.exists() else []
+        rejected = [(line["name"], line["reason"]) for line in map(json.loads, lines)]
+    else:
+        listing = list_images(root)
+        records, rejected, layout, root, notes = list(listing.images), *listing[1:]
+    if not records:
+        why = "; ".join(f"{name}: {reason}" for name, reason in rejected[:3]) or "it is empty"
+        raise ValueError(f"data: nothing to use in {root} ({why})")
+    splits = {}
+    for split in SPLITS:
+        if mine := [record for record in records if record.split == split]:
+            cameras = {record.camid for record in mine} - {-1}
+            splits[split] = {
+                "images": len(mine),
+                "people": len({record.pid for record in mine} - {-1, 0}),
+                "cameras": len(cameras),
+                "junk": sum(record.pid == -1 for record in mine),
+                "distractors": sum(record.pid == 0 for record in mine),
+                "without_camera": sum(record.camid == -1 for record in mine),
+                "without_time": sum(record.time == -1 for record in mine),
+            }
+    reasons: dict[str, list[Any]] = {}
+    for name, reason in rejected:
+        reasons.setdefault(reason, [0, name])[0] += 1
+    return {"root": str(root), "layout": layout, "splits": splits, "rejected": reasons, "notes": notes}
+
+
+def format_data(report: dict[str, Any]) -> str:
+    """What `report_data` found, as lines of text."""
+    lines = [f"{report['layout']} in {report['root']}"]
+    for split, has in report["splits"].items():
+        known = f"{has['people']:,} people, {has['cameras']} cameras"
+        apart = [f"{has[kind]:,} {kind}" for kind in ("junk", "distractors") if has[kind] and split != "all"]
+        for what in ("camera", "time"):
+            if without := has[f"without_{what}"]:
+                apart.append(f"no {what}s" if without == has["images"] else f"{without:,} without a {what}")
+        lines.append(f"{split:<10}{has['images']:>9,} images, {', '.join([known, *apart])}")
+    for reason, (number, first) in report["rejected"].items():
+        lines.append(f"not used  {number:>9,} files, such as {first}: {reason}")
+    return "\n".join(lines + [f"note      {note}" for note in report["notes"]])
 
 
 def _cpu() -> str:

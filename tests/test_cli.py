@@ -255,12 +255,13 @@ def test_synth_and_convert_hand_their_options_on(capsys, tmp_path, monkeypatch):
         "8",
         "--shard-size",
         "9",
+        "--distractors",
     ]
     assert call(capsys, "convert", out, tmp_path / "clouds", *more, "--json", tmp_path / "report.json")[0] == 0
     assert json.loads((tmp_path / "report.json").read_text())["written"] == 3
     cores = len(os.sched_getaffinity(0))
-    plain = {"batch": 64, "shard_size": 1024, "part": (0, 1), "workers": cores, "engine": "local"}
-    other = {"batch": 8, "shard_size": 9, "part": (1, 4), "workers": 3, "engine": "ray"}
+    plain = {"batch": 64, "shard_size": 1024, "part": (0, 1), "workers": cores, "engine": "local", "distractors": False}
+    other = {"batch": 8, "shard_size": 9, "part": (1, 4), "workers": 3, "engine": "ray", "distractors": True}
     recipe = Recipe("mean", Path("smpl.npz"), "official", (128, 64), 0.5, (Path("a"), Path("b")))
     assert calls == [
         ((out,), {"ids": 8, "cams": 4, "images": 4, "seed": 3}),
@@ -274,6 +275,29 @@ def people(tmp_path_factory):
     from reid3d.preprocess.synth import synth
 
     return synth(tmp_path_factory.mktemp("cli") / "people", ids=2, cams=2, images=2, progress=False)
+
+
+def test_a_table_is_converted_and_the_doctor_reads_both(people, capsys, tmp_path):
+    images = sorted(people.glob("query/*.jpg"))
+    rows = [
+        f"{image.relative_to(people).as_posix()},p{k},{'query' if k else 'gallery'}" for k, image in enumerate(images)
+    ]
+    (people / "some.csv").write_text("\n".join(["path,pid,split", *rows, "gone.jpg,p0,query"]) + "\n")
+    clouds = tmp_path / "clouds.v1"
+    assert call(capsys, "convert", people / "some.csv", clouds, "--workers", "1")[0] == 0
+    (people / "some.csv").rename(tmp_path / "some.csv")
+    report = call(capsys, "doctor", "--data", clouds, "--json", tmp_path / "data.json")
+    assert report[0] == 0 and report[1].splitlines() == [
+        f"clouds in {clouds}",
+        f"query             {len(images) - 1} images, {len(images) - 1} people, 0 cameras, no cameras, no times",
+        "gallery           1 images, 1 people, 0 cameras, no cameras, no times",
+        "not used          1 files, such as gone.jpg: in the table, but there is no such file",
+    ]
+    assert json.loads((tmp_path / "data.json").read_text())["splits"]["gallery"]["images"] == 1
+    code, out, _ = call(capsys, "doctor", "--data", people)
+    assert code == 0 and out.startswith(f"Market-1501's layout in {people}\ntrain ")
+    code, _, err = call(capsys, "doctor", "--data", tmp_path / "no")
+    assert code == 1 and "root: no such folder or image" in err
 
 
 @pytest.mark.parametrize("suffix", ["ply", "obj", "glb"])

@@ -1,7 +1,8 @@
 """Data sets: folders of crops, folders of point clouds, what is done to a cloud on its way to a model."""
 
 from .clouds import CloudDataset, CloudSplit, open_dataset, validate_protocol
-from .images import ImageRecord, list_images, read_image
+from .images import read_image
+from .layouts import ImageRecord, Listing, list_images
 from .samplers import BalancedSampler
 from .transforms import EvalTransform, TrainTransform
 
@@ -11,6 +12,7 @@ __all__ = [
     "CloudSplit",
     "EvalTransform",
     "ImageRecord",
+    "Listing",
     "TrainTransform",
     "list_images",
     "open_dataset",

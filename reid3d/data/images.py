@@ -1,11 +1,9 @@
-"""Pedestrian crops: the folders they lie in, by the Market-1501 convention or plain, and their pixels."""
+"""The pixels of pedestrian crops."""
 
 from __future__ import annotations
 
 import os
-import re
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,101 +14,9 @@ from PIL.JpegImagePlugin import jpeg_factory
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-SPLITS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 READERS = {b"\xff\xd8\xff": jpeg_factory, b"\x89PNG": PngImageFile, b"BM": BmpImageFile, b"RIFF": WebPImageFile}
 MIN_SIDE = 8  # pixels
 MAX_PIXELS = 50_000_000  # 20,000 x 20,000 would take 1.2 GB
-NO_NAME = "the name does not fit PID_cCAMERA..., such as 0002_c1s1_000451_03.jpg"
-FRAMES_PER_SESSION = 1_000_000  # Market-1501 numbers frames with six digits
-_NAME = re.compile(  # at most nine digits a number, so that all fit into 64 bits
-    r"(?P<pid>-1|[0-9]{1,9})_c(?P<camid>[1-9][0-9]{0,8})"
-    r"(?:s(?P<session>[1-9][0-9]{0,8})_(?P<frame>[0-9]{1,9})|_f(?P<f>[0-9]{1,9}))?[_.]"
-)
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """One crop: its file, its name relative to the listed folder, and what folder and file name say of it."""
-
-    path: Path
-    name: str
-    split: str
-    pid: int
-    camid: int
-    time: int
-
-
-def list_images(root: str | Path) -> tuple[list[ImageRecord], list[tuple[str, str]]]:
-    """The crops under `root`, sorted by split and name, and (name, reason) of every file that is not one.
-
-    A folder with any of bounding_box_train ("train"), query ("query") and bounding_box_test ("gallery") is taken as
-    Market-1501 layout; what lies beside those is not looked at. There pid and camid come from names such as
-    0002_c1s1_000451_03.jpg (Market-1501), 0001_c2_f0046182.jpg (DukeMTMC-reID) or 0001_c1_1.png (CUHK03-NP): pid -1 is
-    junk and kept in the list, 0 a distractor. time is the frame number; in Market names session s adds
-    (s - 1) * 1,000,000, so that times of one camera are in order, and both numbers can be had back. It is -1 where the
-    name has no frame.
-
-    Any other folder, with the folders in it, and a single file make one split "all" with pid, camid and time -1.
-
-    Files are known by extension (jpg, jpeg, png, bmp, webp, in either case) and not opened. Hidden files and Thumbs.db
-    are passed over.
-
-    Raises: FileNotFoundError when `root` is not there; ValueError when it holds a Market-1501 folder one level down;
-        OSError when a folder cannot be read.
-    """
-    root = Path(root)
-    if not root.exists():
-        raise FileNotFoundError(f"root: no such folder or image: {root}")
-    if root.is_file():
-        return _sort(root.parent, [(root, "all")])
-    splits = [(split, root / folder) for split, folder in SPLITS.items() if (root / folder).is_dir()]
-    if not splits:
-        inner = sorted(child for child in root.iterdir() if (child / SPLITS["train"]).is_dir())
-        if inner:
-            raise ValueError(f"root must be the folder that holds {', '.join(SPLITS.values())}: {inner[0]}, not {root}")
-    return _sort(root, [(path, split) for split, folder in splits or [("all", root)] for path in _walk(folder)])
-
-
-def _walk(folder: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise error  # os.walk passes over what it cannot read
-
-    paths = []
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(parent, name) for name in files + links]
-    return sorted(paths, key=Path.as_posix)
-
-
-def _sort(root: Path, files: list[tuple[Path, str]]) -> tuple[list[ImageRecord], list[tuple[str, str]]]:
-    images, rejected = [], []
-    for path, split in files:
-        name = path.relative_to(root).as_posix()
-        known = parse_name(path.name)
-        if path.name.startswith(".") or path.name.lower() == "thumbs.db":
-            continue
-        if path.is_dir():
-            rejected.append((name, "a link to a folder: not followed"))
-        elif path.suffix.lower() not in EXTENSIONS:
-            rejected.append((name, f"not an image name: the extension must be one of {' '.join(EXTENSIONS)}"))
-        elif split == "all":
-            images.append(ImageRecord(path, name, split, pid=-1, camid=-1, time=-1))
-        elif known is None:
-            rejected.append((name, NO_NAME))
-        else:
-            images.append(ImageRecord(path, name, split, *known))
-    return images, rejected
-
-
-def parse_name(name: str) -> tuple[int, int, int] | None:
-    """pid, camid and time by the name of a file, see `list_images`; None where it does not fit."""
-    fit = _NAME.match(name)
-    if not fit:
-        return None
-    time = int(fit["frame"] or fit["f"] or -1) + FRAMES_PER_SESSION * (int(fit["session"] or 1) - 1)
-    return int(fit["pid"]), int(fit["camid"]), time
 
 
 def read_image(image: str | Path | Image.Image, size: tuple[int, int]) -> np.ndarray:

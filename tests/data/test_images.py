@@ -9,142 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reid3d.data import list_images, read_image
+from reid3d.data import read_image
 from reid3d.data.images import read_picture
 
 SIZE = (128, 64)
-
-
-def touch(*paths):
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-
-# Listing
-
-
-@pytest.fixture
-def market(tmp_path):
-    names = [
-        "bounding_box_train/0002_c1s1_000451_03.jpg",
-        "bounding_box_train/0002_c3s2_000002_00.JPG",
-        "bounding_box_train/Thumbs.db",
-        "query/0001_c2_f0046182.jpg",
-        "query/0003_c1_1.png",
-        "bounding_box_test/-1_c1s1_000401_03.jpg",
-        "bounding_box_test/0000_c6s4_002402_01.jpg.jpg",
-        "bounding_box_test/.hidden.jpg",
-        "gt_bbox/0002_c1s1_000451_00.jpg",
-        "readme.txt",
-    ]
-    touch(*(tmp_path / name for name in names))
-    return tmp_path
-
-
-def test_market_layout(market):
-    images, rejected = list_images(market)
-    assert rejected == []
-    assert [(i.name, i.split, i.pid, i.camid, i.time) for i in images] == [
-        ("bounding_box_train/0002_c1s1_000451_03.jpg", "train", 2, 1, 451),
-        ("bounding_box_train/0002_c3s2_000002_00.JPG", "train", 2, 3, 1_000_002),
-        ("query/0001_c2_f0046182.jpg", "query", 1, 2, 46182),
-        ("query/0003_c1_1.png", "query", 3, 1, -1),
-        ("bounding_box_test/-1_c1s1_000401_03.jpg", "gallery", -1, 1, 401),
-        ("bounding_box_test/0000_c6s4_002402_01.jpg.jpg", "gallery", 0, 6, 3_002_402),
-    ]
-    assert all(i.path == market / i.name for i in images)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "photo.jpg",
-        "2_1.jpg",
-        "0002_s1_000451_03.jpg",
-        "0002_c0s1_000451_03.jpg",
-        "0002_c1s1.jpg",
-        "-2_c1s1_000451_03.jpg",
-        "1234567890_c1s1_000451_03.jpg",
-        "0002_c1234567890s1_000451_03.jpg",
-        "0002_c1s1234567890_000451_03.jpg",
-        "0002_c1s1_1234567890_03.jpg",
-        "٠٠٠٢_c1s1_000451_03.jpg",
-    ],
-)
-def test_names_that_do_not_fit_are_listed_with_the_reason(market, name):
-    touch(market / "query" / name)
-    images, rejected = list_images(market)
-    assert len(images) == 6
-    assert rejected == [
-        (f"query/{name}", "the name does not fit PID_cCAMERA..., such as 0002_c1s1_000451_03.jpg"),
-    ]
-
-
-def test_other_extensions_are_listed_with_the_reason(market):
-    touch(market / "query" / "notes.txt", market / "query" / "a.json", market / "query" / "0001_c1s1_000001_00.gif")
-    _, rejected = list_images(market)
-    assert [name for name, _ in rejected] == ["query/0001_c1s1_000001_00.gif", "query/a.json", "query/notes.txt"]
-    assert {reason for _, reason in rejected} == {
-        "not an image name: the extension must be one of .jpg .jpeg .png .bmp .webp"
-    }
-
-
-def test_a_plain_folder_with_folders_is_one_split(tmp_path):
-    touch(
-        *(
-            tmp_path / name
-            for name in ("b.PNG", "a/c.webp", "a/0002_c1s1_000451_03.jpg", "z.bmp", "y.JPEG", "a/d/e.jpg")
-        )
-    )
-    touch(tmp_path / ".git" / "x.jpg", tmp_path / "THUMBS.DB")
-    images, rejected = list_images(tmp_path)
-    assert [i.name for i in images] == [
-        "a/0002_c1s1_000451_03.jpg",
-        "a/c.webp",
-        "a/d/e.jpg",
-        "b.PNG",
-        "y.JPEG",
-        "z.bmp",
-    ]
-    assert {(i.split, i.pid, i.camid, i.time) for i in images} == {("all", -1, -1, -1)}
-    assert rejected == []
-
-
-def test_a_single_file_is_a_folder_of_one(tmp_path):
-    touch(tmp_path / "a.jpg", tmp_path / "b.jpg")
-    images, rejected = list_images(tmp_path / "a.jpg")
-    assert [(i.path, i.name, i.split) for i in images] == [(tmp_path / "a.jpg", "a.jpg", "all")]
-    assert rejected == []
-
-
-def test_links(tmp_path):
-    touch(tmp_path / "elsewhere" / "0001_c1s1_000001_00.jpg")
-    root = tmp_path / "market"
-    root.mkdir()
-    (root / "query").symlink_to(tmp_path / "elsewhere")
-    (root / "query" / "loop").symlink_to(root)
-    images, rejected = list_images(root)
-    assert [i.name for i in images] == ["query/0001_c1s1_000001_00.jpg"]
-    assert rejected == [("query/loop", "a link to a folder: not followed")]
-
-
-def test_an_empty_folder_has_no_images(tmp_path):
-    assert list_images(tmp_path) == ([], [])
-
-
-def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"root: no such folder or image: {tmp_path / 'no'}"):
-        list_images(tmp_path / "no")
-
-
-def test_the_folder_above_a_market_folder_is_refused(tmp_path):
-    touch(tmp_path / "Market" / "bounding_box_train" / "0002_c1s1_000451_03.jpg")
-    with pytest.raises(ValueError, match=f"{tmp_path / 'Market'}, not {tmp_path}"):
-        list_images(tmp_path)
-
-
-# Pixels
 
 
 def quarters(width=64, height=128, mode="RGB"):
@@ -323,12 +191,6 @@ def test_huge_images_are_refused_before_decoding(tmp_path):
     Image.new("1", (7_200, 7_200)).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match="7200 x 7200 pixels: more than 50 megapixels"):
         read_image(tmp_path / "large.png", SIZE)
-
-
-def test_the_largest_numbers_of_a_name_fit_64_bits(market):
-    touch(market / "query" / "999999999_c999999999s999999999_999999999_03.jpg")
-    (image,) = (image for image in list_images(market)[0] if image.pid == 999_999_999)
-    assert np.array([image.pid, image.camid, image.time], np.int64)[2] == 999_999_998_000_000 + 999_999_999
 
 
 def test_a_large_image_is_refused_without_a_warning(tmp_path):

@@ -106,6 +106,22 @@ def test_market_layout(tmp_path):
     ]
 
 
+def test_what_the_source_lacks_is_said(tmp_path):
+    crop(tmp_path / "market1501" / "market" / "query" / "0002_c1s1_000451_03.jpg", 90)
+    crop(tmp_path / "market1501" / "market" / "bounding_box_train" / "0004_c1s1_000451_03.jpg", 90)
+    crop(tmp_path / "market1501" / "market" / "images" / "0000_c1s1_000451_00.jpg", 90)
+    report = run(tmp_path / "market1501", tmp_path / "out")
+    assert "bounding_box_test is missing: no gallery images" in report.notes
+    assert "query: 1 images of 1 people; Market-1501 has 3,368 of 750" in report.notes
+    assert str(report).startswith("note: bounding_box_test is missing: no gallery images\n")
+    assert run(tmp_path / "market1501" / "market", tmp_path / "out").skipped == 2  # the same source
+    assert run(tmp_path / "market1501", tmp_path / "more", distractors=True).written == 3
+    (distractor,) = open_dataset(tmp_path / "more").gallery.records
+    assert (distractor.name, distractor.pid, distractor.camid) == ("images/0000_c1s1_000451_00.jpg", 0, 1)
+    with pytest.raises(ValueError, match="distractors must lie in images/"):
+        run(plain(tmp_path / "crops"), tmp_path / "other", distractors=True)
+
+
 def test_a_single_file(tmp_path):
     plain(tmp_path / "crops")
     assert run(tmp_path / "crops" / "03.png", tmp_path / "out").written == 1
