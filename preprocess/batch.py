@@ -3,7 +3,7 @@
 An output folder holds SPLIT-00000.safetensors with its manifest SPLIT-00000.jsonl and so on (`reid3d.io`), dataset.json
 with the configuration and the number of shards, failures.jsonl, {name, reason} of the files that gave no cloud, and,
 once all shards are there, quality.json and worst.png (quality.py). A shard is shard_size crops of one split, by its
-position in the sorted list, and carries a hash of their names and sizes in bytes, so a run knows what is left to do.
+position in the sorted list, and carries a hash of their names, labels and sizes in bytes, so a run knows what is left.
 Each is made from its crops alone (engines.py), and all other files are made from the shards: so any number of processes
 and machines can share the work, in any order, and the bytes come out the same.
 """
@@ -82,8 +82,8 @@ def convert_folder(
     A tree of clouds published with OG-Net (published.py) is imported; the recipe then does not matter.
 
     The same call again goes on where a stopped one ended, and the files come out the same. A file that cannot be used
-    is a line in failures.jsonl. A file that has another size in bytes than when it was converted or failed is converted
-    again, with its shard; a change that keeps the size goes unnoticed.
+    is a line in failures.jsonl. A file that has another size in bytes, or another person, camera or time, than when it
+    was converted or failed is converted again, with its shard; a change that keeps the size goes unnoticed.
 
     Args:
         src, out: folders; `src` may also be a table or one image.
@@ -136,7 +136,7 @@ def convert_folder(
         "shards": dict(Counter(path.name.split("-")[0] for path in chunks)),
     }
     tasks = [
-        Task(path, chunk, {**config, "sources": _digest([(image.name, _bytes(image.path)) for image in chunk])})
+        Task(path, chunk, {**config, "sources": _digest([(_bytes(image.path), *_said(image)) for image in chunk])})
         for path, chunk in chunks.items()
     ]
     mine = tasks[part[0] :: part[1]]
@@ -207,6 +207,10 @@ def _chunks(items: list[ImageRecord], length: int) -> list[list[ImageRecord]]:
 
 def _digest(values: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _said(image: ImageRecord) -> tuple[str, int, int, int]:
+    return image.name, image.pid, image.camid, image.time
 
 
 def _bytes(path: Path) -> int:

@@ -116,17 +116,17 @@ def report_data(root: str | Path) -> dict[str, Any]:
     """
     from .data import list_images, open_dataset
     from .data.layouts import SPLITS
+    from .io import DATASET_FILE, manifest_path
 
     root = Path(root)
-    if root.is_dir() and next(root.glob("[!.]*.safetensors"), None):
+    if (root / DATASET_FILE).is_file() or any(manifest_path(path).is_file() for path in root.glob("[!.]*.safetensors")):
         dataset = open_dataset(root)
         records: list[Any] = [r for name in SPLITS for r in getattr(dataset, name).records]
-        layout, notes, failures = "clouds", [], root / "failures.jsonl"
-        lines = failures.read_text().splitlines() if failures.exists() else []
-        rejected = [(line["name"], line["reason"]) for line in map(json.loads, lines)]
+        layout, notes, rejected = "clouds", [], _failures(root / "failures.jsonl")
     else:
         listing = list_images(root)
-        records, rejected, layout, root, notes = list(listing.images), *listing[1:]
+        records, rejected, layout, place, notes = list(listing.images), *listing[1:]
+        root = root if root.is_file() else place
     if not records:
         why = "; ".join(f"{name}: {reason}" for name, reason in rejected[:3]) or "it is empty"
         raise ValueError(f"data: nothing to use in {root} ({why})")
@@ -154,14 +154,23 @@ def format_data(report: dict[str, Any]) -> str:
     lines = [f"{report['layout']} in {report['root']}"]
     for split, has in report["splits"].items():
         known = f"{has['people']:,} people, {has['cameras']} cameras"
-        apart = [f"{has[kind]:,} {kind}" for kind in ("junk", "distractors") if has[kind] and split != "all"]
+        apart = [f"{has[kind]:,} {kind}" for kind in ("junk", "distractors") if has["images"] > has[kind] > 0]
         for what in ("camera", "time"):
             if without := has[f"without_{what}"]:
                 apart.append(f"no {what}s" if without == has["images"] else f"{without:,} without a {what}")
         lines.append(f"{split:<10}{has['images']:>9,} images, {', '.join([known, *apart])}")
     for reason, (number, first) in report["rejected"].items():
         lines.append(f"not used  {number:>9,} files, such as {first}: {reason}")
-    return "\n".join(lines + [f"note      {note}" for note in report["notes"]])
+    lines += [f"note      {note}" for note in report["notes"]]
+    return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
+
+
+def _failures(path: Path) -> list[tuple[str, str]]:
+    try:
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        return [(str(line["name"]), str(line["reason"])) for line in map(json.loads, lines)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not the failures of a conversion: {error!r}") from error
 
 
 def _cpu() -> str:

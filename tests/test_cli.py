@@ -294,6 +294,10 @@ def test_a_table_is_converted_and_the_doctor_reads_both(people, capsys, tmp_path
         "not used          1 files, such as gone.jpg: in the table, but there is no such file",
     ]
     assert json.loads((tmp_path / "data.json").read_text())["splits"]["gallery"]["images"] == 1
+    for line in ('{"a": 1}', "[1]", "no"):
+        (clouds / "failures.jsonl").write_text(line)
+        code, _, err = call(capsys, "doctor", "--data", clouds)
+        assert code == 1 and "failures.jsonl: not the failures of a conversion" in err
     code, out, _ = call(capsys, "doctor", "--data", people)
     assert code == 0 and out.startswith(f"Market-1501's layout in {people}\ntrain ")
     code, _, err = call(capsys, "doctor", "--data", tmp_path / "no")

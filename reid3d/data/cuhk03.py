@@ -15,6 +15,7 @@ from ..progress import Progress
 
 KINDS = ("detected", "labeled")
 MATRIX = "cuhk-03.mat"
+RELEASE = "cuhk03_release"
 PROTOCOL = "cuhk03_new_protocol_config_{}.mat"
 FOLDERS = {"train_idx": "bounding_box_train", "query_idx": "query", "gallery_idx": "bounding_box_test"}
 
@@ -22,9 +23,10 @@ FOLDERS = {"train_idx": "bounding_box_train", "query_idx": "query", "gallery_idx
 def extract_cuhk03(root: str | Path, out: str | Path, *, progress: bool = True) -> dict[str, int]:
     """Write the crops of CUHK03 into OUT/detected and OUT/labeled, in the layout of CUHK03-NP; {kind: images}.
 
-    `root` holds cuhk-03.mat, and cuhk03_new_protocol_config_detected.mat or _labeled.mat, or both, which say who is in
-    which split; a kind without one is left out. Files are named 0001_c1_1.png by label, camera and number of the image
-    (1 to 10) of its person. Files that are there stay, so that a stopped extraction is finished by the same call.
+    `root` holds cuhk-03.mat, or its folder cuhk03_release does. There or in the folder above lie
+    cuhk03_new_protocol_config_detected.mat or _labeled.mat, or both, which say who is in which split; a kind without
+    one is left out. Files are named 0001_c1_1.png by label, camera and number of the image (1 to 10) of its person.
+    Files that are there stay, so that a stopped extraction is finished by the same call.
 
     Raises: FileNotFoundError when a .mat is not there; ValueError when one is not as published or the configuration
         names an image that cuhk-03.mat lacks; ModuleNotFoundError without h5py and scipy.
@@ -37,23 +39,29 @@ def extract_cuhk03(root: str | Path, out: str | Path, *, progress: bool = True) 
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error.name} reads CUHK03's .mat files: pip install h5py scipy") from error
     root, out = Path(root), Path(out)
-    if not (root / MATRIX).is_file():
+    matrix = next((path for path in (root / MATRIX, root / RELEASE / MATRIX) if path.is_file()), None)
+    if matrix is None:
         raise FileNotFoundError(f"root: no {MATRIX} in {root}")
-    kinds = [kind for kind in KINDS if (root / PROTOCOL.format(kind)).is_file()]
-    if not kinds:
-        raise FileNotFoundError(f"root: neither {' nor '.join(map(PROTOCOL.format, KINDS))} in {root}")
+    configs = {
+        kind: folder / PROTOCOL.format(kind)
+        for kind in KINDS
+        for folder in (matrix.absolute().parent.parent, matrix.parent)
+        if (folder / PROTOCOL.format(kind)).is_file()
+    }
+    if not configs:
+        names = " nor ".join(map(PROTOCOL.format, KINDS))
+        raise FileNotFoundError(f"root: neither {names} in {matrix.parent} or the folder above")
     wanted = {}
-    for kind in kinds:
-        path = root / PROTOCOL.format(kind)
+    for kind, path in configs.items():
         try:
             wanted[kind] = _places(loadmat(path))
         except Exception as error:  # scipy's reader raises almost anything on broken bytes
             raise ValueError(f"{path} is no configuration of the new protocol: {error}") from error
     with Progress(sum(map(len, wanted.values())), "extract", "crop", progress) as bar:
         try:
-            file = h5py.File(root / MATRIX, "r")
+            file = h5py.File(matrix, "r")
         except OSError as error:
-            raise ValueError(f"{root / MATRIX} is no HDF5 file: {error}") from error
+            raise ValueError(f"{matrix} is no HDF5 file: {error}") from error
         with file:
             for kind, places in wanted.items():
                 for image, place in places.items():

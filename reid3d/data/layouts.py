@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,12 +23,14 @@ DISTRACTORS = "images"  # where Market-1501's 500k lie
 MSMT17 = {"list_train.txt": "train", "list_val.txt": "train", "list_query.txt": "query", "list_gallery.txt": "gallery"}
 MSMT17_FOLDERS = {"MSMT17 V1": ("train", "test"), "MSMT17 V2": ("mask_train_v2", "mask_test_v2")}
 PAIRS = {"cam_a": "query", "cam_b": "gallery"}
+BESIDE = ("multi-query", "gt_bbox", "gt_query", "pytorch")  # beside splits, and not part of them
 CUHK03 = "cuhk-03.mat"
 IDENTITIES = {"train_all": "train", "train": "train", "val": "train", "query": "query", "gallery": "gallery"}
 COLUMNS = ("path", "pid", "camid", "split", "time")
 NO_NAME = "the name does not fit PID_cCAMERA..., such as 0002_c1s1_000451_03.jpg"
 NO_EXTENSION = f"not an image name: the extension must be one of {' '.join(EXTENSIONS)}"
 TWICE = "listed twice"
+ZERO = "whoever is called 0 is read as a distractor, who is nobody: count people from 1"
 FRAMES_PER_SESSION = 1_000_000  # Market-1501 numbers frames with six digits
 _NAME = re.compile(  # at most nine digits a number, so that all fit into 64 bits
     r"(?P<pid>-1|[0-9]{1,9})_c(?P<camid>[1-9][0-9]{0,8})"
@@ -35,15 +38,22 @@ _NAME = re.compile(  # at most nine digits a number, so that all fit into 64 bit
 )
 _MSMT17_NAME = re.compile(r"[0-9]+_[0-9]+_(?P<camid>[0-9]{1,9})_")
 _PAIR_NAME = re.compile(r"[^0-9]*(?P<pid>[0-9]{1,8})(?![0-9])")
-_PID = re.compile(r"-1|[0-9]{1,9}")
+_NUMBER = re.compile(r"|-1(?:\.0)?|[0-9]{1,15}(?:\.0)?")
+_PID = re.compile(r"([0-9]{1,9})(?:\.0)?")  # pandas writes 7.0 where a column has gaps
 
-# Which folder name tells of which data set, and its images and people in each split. Images of no person (0000, -1)
+# Which path tells of which data set, and its images and people in each split. Images of no person (0000, -1)
 # count as images. MSMT17's training set is that of the papers: list_train and list_val.
 PUBLISHED: dict[str, tuple[str, dict[str, tuple[int, int]]]] = {
-    "Market-1501": (r"market[-_]?1501|market$", dict(train=(12936, 751), query=(3368, 750), gallery=(19732, 750))),
-    "DukeMTMC-reID": (r"duke", dict(train=(16522, 702), query=(2228, 702), gallery=(17661, 1110))),
-    "CUHK03-NP detected": (r"detected", dict(train=(7365, 767), query=(1400, 700), gallery=(5332, 700))),
-    "CUHK03-NP labeled": (r"labeled", dict(train=(7368, 767), query=(1400, 700), gallery=(5328, 700))),
+    "Market-1501": (r"market[-_]?1501|(^|/)market$", dict(train=(12936, 751), query=(3368, 750), gallery=(19732, 750))),
+    "DukeMTMC-reID": (r"dukemtmc", dict(train=(16522, 702), query=(2228, 702), gallery=(17661, 1110))),
+    "CUHK03-NP detected": (
+        r"cuhk[-_]?03.*(?<![a-z])detected",
+        dict(train=(7365, 767), query=(1400, 700), gallery=(5332, 700)),
+    ),
+    "CUHK03-NP labeled": (
+        r"cuhk[-_]?03.*(?<![a-z])labeled",
+        dict(train=(7368, 767), query=(1400, 700), gallery=(5328, 700)),
+    ),
     "MSMT17 V1": (r"msmt17", dict(train=(32621, 1041), query=(11659, 3060), gallery=(82161, 3060))),
     "MSMT17 V2": (r"msmt17", dict(train=(32621, 1041), query=(11659, 3060), gallery=(82161, 3060))),
     "VIPeR": (r"viper", dict(query=(632, 632), gallery=(632, 632))),
@@ -88,26 +98,29 @@ class Listing(NamedTuple):
 def list_images(root: str | Path, *, distractors: bool = False) -> Listing:
     """The crops of a data set. Files are known by extension (jpg, jpeg, png, bmp, webp, in either case), not opened.
 
-    `root` is one of these, or holds one of the first five at most two folders down, as torchreid and fast-reid do:
+    `root` is one of these, or holds one of the first three at most two folders down, as torchreid and fast-reid do, and
+    no other images in those:
 
-    - Market-1501, DukeMTMC-reID, CUHK03-NP (detected or labeled), or a data set of their layout: any of
-      bounding_box_train ("train"), query ("query") and bounding_box_test ("gallery"), what lies beside them is not
-      looked at. pid and camid come from names such as 0002_c1s1_000451_03.jpg, 0001_c2_f0046182.jpg or 0001_c1_1.png:
-      pid -1 is junk and kept in the list, 0 a distractor. time is the frame number; in Market names session s adds
+    - Market-1501, DukeMTMC-reID, CUHK03-NP (detected or labeled), or a data set of their layout: bounding_box_train
+      ("train"), bounding_box_test ("gallery") or both, and query ("query"); what lies beside them is not looked at. pid
+      and camid come from names such as 0002_c1s1_000451_03.jpg, 0001_c2_f0046182.jpg or 0001_c1_1.png: pid -1 is junk
+      and kept in the list, 0 a distractor. time is the frame number; in Market names session s adds
       (s - 1) * 1,000,000, so that times of one camera are in order, and both numbers can be had back.
     - MSMT17 V1 or V2, by its list_*.txt. list_val is part of "train", as in most papers (torchreid and fast-reid leave
       it out). The lists count people from 0; pids here are one more.
-    - Pairs as VIPeR has them, cam_a ("query", camera 1) and cam_b ("gallery", camera 2): pid is one more than the first
-      number of the name.
-    - Splits: train, val, query, gallery, or train_all instead of train and val, with a folder for each identity. Its
-      name is the pid; unless all are numbers, people are counted from 1 in the order of the names. Camera and time are
-      those of names that fit Market's, else -1. Images without such a folder need such a name.
     - CUHK03 as published, cuhk-03.mat: refused with what to do.
+    - Splits: train, val, query, gallery, or train_all instead of train and val, with a folder for each identity. Its
+      name is the pid; unless all are numbers, people are counted from 1 in the order of the names. -1 is junk and 0 a
+      distractor even then. Camera and time are those of names that fit Market's, else -1. Images without such a folder
+      need such a name.
+    - Pairs as VIPeR and PRID have them, cam_a ("query", camera 1) and cam_b ("gallery", camera 2): pid is one more than
+      the first number in the name of the person's folder, or of the file.
     - Folders of identities, and no image beside or below those: one split, "all".
-    - A table, FILE.csv: its first line names the columns, path and any of pid, camid, split and time. Paths are
-      relative to the table's folder and stay in it. A pid is a number (0 a distractor, -1 junk) or, unless all are,
-      a name. Empty is -1, and "all" for the split.
-    - Any other folder, with the folders in it, or an image: one split, "all", with pid, camid and time -1.
+    - A table, FILE.csv: its first line names the columns, path and any of pid, camid, split (train, val, query,
+      gallery, all) and time. Paths are relative to the table's folder and lie in it. People are called as folders of
+      identities are. Empty is -1, and "all" for the split.
+    - Any other folder, with the folders in it, or an image: one split, "all", with pid, camid and time -1. So are
+      splits and pairs with other images beside them, or with none that fits.
 
     A time that is not known is -1. Hidden files and Thumbs.db are passed over, and links to folders not followed.
 
@@ -148,45 +161,68 @@ def parse_name(name: str) -> tuple[int, int, int] | None:
 
 
 def _reader(root: Path) -> Callable[[Path], Listing] | None:
-    """What reads a folder that is a data set with splits; None for any other."""
+    """What reads a folder that is a published data set beyond doubt; None for any other."""
     there = {entry.name for entry in os.scandir(root) if entry.is_dir()}
     if (root / CUHK03).is_file():
         return _raw_cuhk03
     if there & (MARKET.keys() - IDENTITIES.keys()):
         return _market
-    if any((root / name).is_file() for name in MSMT17):
-        return _msmt17
-    if PAIRS.keys() <= there:
-        return _pairs
-    if {"query", "gallery"} <= there or any(_holds_folders(root / name) for name in IDENTITIES.keys() & there):
-        return _splits
-    return _market if "query" in there else None
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(Path(entry) for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _holds_folders(folder: Path) -> bool:
-    """Whether a folder holds folders, links aside, and no image."""
-    entries = list(os.scandir(folder))
-    return any(e.is_dir(follow_symlinks=False) for e in entries) and not any(_is_image(e.name) for e in entries)
+    return _msmt17 if any((root / name).is_file() for name in MSMT17) else None
 
 
 def _data_set_in(root: Path) -> Path:
-    """`root`, or the one data set at most two folders down in a folder without images of its own."""
-    if _reader(root) or any(_is_image(entry.name) for entry in os.scandir(root)):
+    """`root`, or the one data set at most two folders down, if there is one.
+
+    Raises: ValueError when there are several, or images beside the one.
+    """
+    if _reader(root) or _holds_images(root):
         return root
-    level = [root]
+    level, beside, found = [root], [], {}
     for _ in range(2):
         level = [folder for parent in level for folder in _folders(parent)]
-        found = {folder.resolve(): folder for folder in level if _reader(folder)}
-        if len(found) > 1:
-            some = ", ".join(map(str, list(found.values())[:5])) + (", ..." if len(found) > 5 else "")
-            raise ValueError(f"root must be one data set, got {root} with {len(found)}: {some}")
+        for folder in level:
+            if _reader(folder):
+                found[folder.resolve()] = folder
+            elif _holds_images(folder):
+                beside.append(folder)
         if found:
-            return next(iter(found.values()))
+            break
+    if len(found) > 1:
+        some = ", ".join(map(str, list(found.values())[:5])) + (", ..." if len(found) > 5 else "")
+        raise ValueError(f"root must be one data set, got {root} with {len(found)}: {some}")
+    for folder in found.values():
+        if beside:
+            raise ValueError(f"root must be one data set, got {root} with {folder} and images in {beside[0]} besides")
+        return folder
     return root
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Folders in a folder that can be read, without hidden ones."""
+    found = (Path(entry) for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(path for path in found if os.access(path, os.R_OK | os.X_OK))
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(_is_image(entry.name) for entry in os.scandir(folder))
+
+
+def _any_folder(root: Path) -> Listing:
+    """What only the common names of its folders tell of, if they do: splits, pairs, identities, or any crops."""
+    names = _walk(root)
+    images = [name for name in names if _is_image(name)]
+    folders = {folder.name for folder in _folders(root)}
+    for known, least, read in ((IDENTITIES, 1, _splits), (PAIRS, 2, _pairs)):
+        if len(folders & known.keys()) >= least:
+            others = [name for name in images if name.split("/")[0] not in (*known, *BESIDE)]
+            if not others and (found := read(root)).images:
+                return found
+            why = f"there are other images, such as {others[0]}" if others else "no image in them tells of a person"
+            note = f"not read as {', '.join(sorted(folders & known.keys()))}: {why}"
+            return _plain(root, names)._replace(notes=[note])
+    if len({name.split("/")[0] for name in images}) > 1 and all(name.count("/") == 1 for name in images):
+        return _of_identities(root, [(name, "all") for name in names], depth=0)
+    return _plain(root, names)
 
 
 # Readers of one layout each
@@ -252,8 +288,9 @@ def _msmt17(root: Path) -> Listing:
 
 def _pairs(root: Path) -> Listing:
     def who(name: str) -> tuple[int, int, int] | str:
-        fit = _PAIR_NAME.match(_last(name))
-        camid = list(PAIRS).index(name.split("/")[0]) + 1
+        camera, person, *_ = name.split("/")
+        fit = _PAIR_NAME.match(person)
+        camid = list(PAIRS).index(camera) + 1
         return (int(fit["pid"]) + 1, camid, -1) if fit else "the name has no number of a person"
 
     files = [(name, split) for folder, split in PAIRS.items() for name in _walk(root, folder)]
@@ -268,16 +305,8 @@ def _splits(root: Path) -> Listing:
     files = [(name, IDENTITIES[folder]) for folder in folders for name in _walk(root, folder)]
     found = _of_identities(root, files, depth=1)
     missing = sorted({"train", "query", "gallery"} - {IDENTITIES[folder] for folder in folders})
-    notes = [f"{split} is missing: no {split} images" for split in missing]
+    notes = found.notes + [f"{split} is missing: no {split} images" for split in missing]
     return found._replace(layout="splits of identities", notes=notes)
-
-
-def _any_folder(root: Path) -> Listing:
-    names = _walk(root)
-    places = [name.split("/") for name in names if _is_image(name)]
-    if len({place[0] for place in places}) > 1 and all(len(place) == 2 for place in places):
-        return _of_identities(root, [(name, "all") for name in names], depth=0)
-    return _plain(root, names)
 
 
 def _of_identities(root: Path, files: list[tuple[str, str]], depth: int) -> Listing:
@@ -290,7 +319,8 @@ def _of_identities(root: Path, files: list[tuple[str, str]], depth: int) -> List
             return named or f"in no folder of an identity, and {NO_NAME}"
         return pids[people[name]], *(named or (-1, -1, -1))[1:]
 
-    return _collect(root, files, who)._replace(layout="folders of identities")
+    notes = [ZERO] if "0" in people.values() else []
+    return _collect(root, files, who)._replace(layout="folders of identities", notes=notes)
 
 
 def _plain(root: Path, names: Iterable[str]) -> Listing:
@@ -300,7 +330,7 @@ def _plain(root: Path, names: Iterable[str]) -> Listing:
 def _raw_cuhk03(root: Path) -> Listing:
     raise ValueError(
         f"root holds CUHK03 as published, {CUHK03}, which is one file: write its crops as folders first, "
-        f"python -m reid3d.data.cuhk03 {root} OUT"
+        f"python -m reid3d.data.cuhk03 {shlex.quote(str(root))} OUT"
     )
 
 
@@ -313,38 +343,49 @@ def _table(path: Path) -> Listing:
     head = [name.strip().lower() for name in rows[0]] if rows else []
     if "path" not in head or len(set(head)) < len(head) or not set(head) <= set(COLUMNS):
         raise ValueError(
-            f"root: the first line of {path} must name columns of {', '.join(COLUMNS)}, path among them, got {head}"
+            f"root: the first line of {path} must name columns, separated by commas, of {', '.join(COLUMNS)}, "
+            f"path among them and each once, got {', '.join(head) or 'nothing'}"
         )
-    lines = [
-        (f"{path.name}:{number}", dict(zip(head, (value.strip() for value in row), strict=False)), len(row))
-        for number, row in enumerate(rows[1:], 2)
-        if any(value.strip() for value in row)
-    ]
-    pids = _numbered(line["pid"] for _, line, _ in lines if line.get("pid"))
-    root, images, rejected, seen = path.parent.absolute(), [], [], set()
-    for where, line, length in lines:
-        file, split = Path(os.path.normpath(root / line.get("path", ""))), line.get("split") or "all"
-        numbers = [line.get(column) or "-1" for column in ("camid", "time")]
-        name = file.relative_to(root).as_posix() if file.is_relative_to(root) else ""
-        if length != len(head):
+    root, rejected = path.parent.absolute(), []
+    kept: dict[str, dict[str, str]] = {}
+    for number, row in enumerate(rows[1:], 2):
+        where, values = f"{path.name}:{number}", [value.strip() for value in row]
+        line = dict(zip(head, values, strict=False))
+        if not any(values):
+            continue
+        if len(values) != len(head):
             rejected.append((where, "not as many values as there are columns"))
-        elif split not in SPLITS:
-            rejected.append((where, f"split must be one of {', '.join(SPLITS)}, got {split!r}"))
-        elif not all(re.fullmatch("-1|[0-9]{1,15}", number) for number in numbers):
-            rejected.append((where, f"camid and time must be whole numbers from 0, got {', '.join(numbers)}"))
-        elif name in ("", "."):
+            continue
+        file = Path(os.path.normpath(root / line["path"]))
+        base = next((base for base in (root, root.resolve()) if file.is_relative_to(base)), None)
+        name = file.relative_to(base).as_posix() if base else "."
+        line["split"] = IDENTITIES.get(line.get("split", "").lower(), line.get("split", "").lower()) or "all"
+        if line["split"] not in SPLITS:
+            rejected.append((where, f"split must be one of {', '.join(SPLITS)}, got {line['split']!r}"))
+        elif not all(_NUMBER.fullmatch(line.get(column, "")) for column in ("camid", "time")):
+            rejected.append((where, "camid and time must be whole numbers from 0"))
+        elif name == ".":
             rejected.append((where, f"path must lead to a file in the table's folder, got {line['path']!r}"))
-        elif name in seen:
+        elif name in kept:
             rejected.append((name, TWICE))
         elif not _is_image(name):
             rejected.append((name, NO_EXTENSION))
-        elif not file.is_file():
+        elif not os.path.isfile(root / name):
             rejected.append((name, "in the table, but there is no such file"))
         else:
-            seen.add(name)
-            pid = pids[line["pid"]] if line.get("pid") else -1
-            images.append(ImageRecord(file, name, split, pid, int(numbers[0]), int(numbers[1])))
-    return Listing(images, rejected, "a table", root, [])
+            kept[name] = line
+    pids = _numbered(line["pid"] for line in kept.values() if line.get("pid"))
+    images = [
+        ImageRecord(
+            root / name,
+            name,
+            line["split"],
+            pids.get(line.get("pid", ""), -1),
+            *(int(float(line.get(column) or -1)) for column in ("camid", "time")),
+        )
+        for name, line in kept.items()
+    ]
+    return Listing(images, rejected, f"the table {path.name}", root, [])
 
 
 # What they share
@@ -395,9 +436,14 @@ def _is_image(name: str) -> bool:
 def _numbered(people: Iterable[str]) -> dict[str, int]:
     """pids by what people are called: the numbers themselves, or 1, 2, ... in order where one of them is none."""
     distinct = sorted(set(people))
-    if all(_PID.fullmatch(person) for person in distinct):
-        return {person: int(person) for person in distinct}
-    return {person: k for k, person in enumerate(distinct, 1)}
+    nobody = {called: -1 for called in distinct if called in ("-1", "-1.0")}
+    nobody |= {called: 0 for called in distinct if (fit := _PID.fullmatch(called)) and int(fit[1]) == 0}
+    somebody = [called for called in distinct if called not in nobody]
+    fits = [_PID.fullmatch(called) for called in somebody]
+    numbers = [int(fit[1]) for fit in fits if fit]
+    if len(numbers) < len(somebody):
+        numbers = list(range(1, len(somebody) + 1))
+    return nobody | dict(zip(somebody, numbers, strict=True))
 
 
 # Against what was published
@@ -421,12 +467,12 @@ def _compare(found: Listing) -> tuple[str, list[str]]:
         if both := len(names["query"] & names["gallery"]):
             notes.append(f"{both:,} images have the same name in query and gallery")
     candidates = _OF_LAYOUT.get(found.layout, ())
-    parts = [part.lower() for part in found.root.resolve().parts[-3:]]
-    called = [name for name in candidates if any(re.search(PUBLISHED[name][0], part) for part in parts)]
-    sized = [name for name in candidates if PUBLISHED[name][1].items() & counts.items()]
-    if not called and not sized:
+    place = "/".join(part.lower() for part in found.root.resolve().parts[-3:])
+    sized = [name for name in candidates if PUBLISHED[name][1] == counts]
+    called = [name for name in candidates if re.search(PUBLISHED[name][0], place)]
+    if not sized and not called:
         return found.layout, notes
-    name = (called or sized)[0]
+    name = (sized or called)[0]
     for split, (images, people) in PUBLISHED[name][1].items():
         have = counts.get(split, (0, 0))
         if have != (images, people):

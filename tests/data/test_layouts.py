@@ -366,6 +366,13 @@ def test_viper(tmp_path):
     assert (last.name, last.pid, last.camid) == ("cam_b/631_135.bmp", 632, 2)
 
 
+def test_pairs_of_several_images(tmp_path):
+    names = [f"cam_{c}/person_000{p}/000{k}.png" for c in "ab" for p in (1, 2, 3) for k in (1, 2)]
+    touch(*(tmp_path / name for name in names))
+    listing = list_images(tmp_path)
+    assert [(i.name, i.pid) for i in listing.images] == [(name, int(name.split("/")[1][-1]) + 1) for name in names]
+
+
 def test_other_pairs(tmp_path):
     fill(tmp_path, {"cam_a": ["person_0001.png", "nobody.png"], "cam_b": ["person_0001.png", "1234567890.png"]})
     listing = list_images(tmp_path)
@@ -433,7 +440,7 @@ def test_a_table(tmp_path):
     touch(tmp_path / "a" / "1.jpg", tmp_path / "b.png", tmp_path / "c, d.jpg", tmp_path / "unlisted.jpg")
     lines = [f"{tmp_path}/a/1.jpg,12,3,train,77", "./b.png, 0 ,,query,", '"c, d.jpg",-1,1,gallery,5', "", ",,,,"]
     listing = list_images(table(tmp_path, "path,PID,camid, split,time", *lines))
-    assert (listing.layout, listing.root, listing.rejected, listing.notes) == ("a table", tmp_path, [], [])
+    assert (listing.layout, listing.root, listing.rejected, listing.notes) == ("the table people.csv", tmp_path, [], [])
     assert [(i.path, i.name, i.split, i.pid, i.camid, i.time) for i in listing.images] == [
         (tmp_path / "a" / "1.jpg", "a/1.jpg", "train", 12, 3, 77),
         (tmp_path / "b.png", "b.png", "query", 0, -1, -1),
@@ -477,10 +484,11 @@ def test_lines_of_a_table_with_faults(tmp_path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", r"must name columns of path, pid, camid, split, time, path among them, got \[\]"),
-        (b"1.jpg,1\n", "must name columns of path"),
-        (b"path,path\n", "must name columns of path"),
-        (b"path,age\n", "must name columns of path"),
+        (b"", "commas, of path, pid, camid, split, time, path among them and each once, got nothing"),
+        (b"1.jpg,1\n", "path among them and each once, got 1.jpg, 1"),
+        (b"path,path\n", "path among them and each once, got path, path"),
+        (b"path,age\n", "path among them and each once, got path, age"),
+        (b"path;pid\n", "separated by commas, .* got path;pid"),
         (b'path\n"1.jpg', "no table of comma-separated values"),
         (b"path\n\xff\xfe.jpg\n", "no table of comma-separated values"),
         (b"\xff\xd8\xff\xe0", "no table of comma-separated values"),
@@ -491,6 +499,113 @@ def test_what_is_no_table(tmp_path, data, words):
     with pytest.raises(ValueError, match=words) as caught:
         list_images(tmp_path / "a.csv")
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_number_leaves_junk_and_distractors_what_they_are(tmp_path):
+    touch(*(tmp_path / f"{k}.jpg" for k in range(5)))
+    short = "9.jpg,total"
+    for called, pids in (
+        (["7", "-1", "0", "0000", "12"], [7, -1, 0, 0, 12]),
+        (["7.0", "-1.0", "0.0", "", "12.0"], [7, -1, 0, -1, 12]),
+        (["zoe", "-1", "0", "anna", "7"], [3, -1, 0, 2, 1]),
+        (["2024000001", "-1", "0", "2024000001", "7"], [1, -1, 0, 1, 2]),
+    ):
+        rows = [f"{k}.jpg,{name},1.0,Train" for k, name in enumerate(called)]
+        listing = list_images(table(tmp_path, "path,pid,camid,split", *rows, short))
+        assert [i.pid for i in listing.images] == pids and len(listing.rejected) == 1
+        assert {(i.camid, i.split) for i in listing.images} == {(1, "train")}
+
+
+def test_odd_paths_of_a_table(tmp_path):
+    touch(tmp_path / "real" / "1.jpg")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    rows = [f"{tmp_path}/real/1.jpg", "x" * 300 + ".jpg", "sub\\1.jpg"]
+    table(tmp_path / "real", "path", *rows)
+    listing = list_images(tmp_path / "link" / "people.csv")
+    assert [i.path for i in listing.images] == [tmp_path / "link" / "1.jpg"]
+    assert {reason for _, reason in listing.rejected} == {"in the table, but there is no such file"}
+
+
+# Crops that only look like a data set
+
+
+@pytest.mark.parametrize(
+    ("names", "note"),
+    [
+        (
+            ["train/1/a.jpg", "train/2/a.jpg", "test/1/b.jpg"],
+            "not read as train: there are other images, such as test/1/b.jpg",
+        ),
+        (
+            ["train/day1/a.jpg", "other/b.jpg", "top.jpg"],
+            "not read as train: there are other images, such as other/b.jpg",
+        ),
+        (["query/a.jpg", "gallery/b.jpg"], "not read as gallery, query: no image in them tells of a person"),
+        (["cam_a/x.jpg", "cam_b/y.jpg"], "not read as cam_a, cam_b: no image in them tells of a person"),
+        (["cam_a/1.jpg", "cam_b/1.jpg", "c.jpg"], "not read as cam_a, cam_b: there are other images, such as c.jpg"),
+        (["station/query/1.jpg", "station2/2.jpg"], None),
+        (["s1/cam_a/1.jpg", "s1/cam_b/1.jpg", "s2/cam_a/1.jpg", "s2/cam_b/1.jpg"], None),
+        (["cam_a/1.jpg"], None),
+    ],
+)
+def test_crops_in_folders_of_common_names_are_all_read(tmp_path, names, note):
+    touch(*(tmp_path / name for name in names))
+    listing = list_images(tmp_path)
+    assert [i.name for i in listing.images] == sorted(names) and not listing.rejected
+    assert {(i.split, i.pid) for i in listing.images} == {("all", -1)}
+    assert listing.layout == "a plain folder" and listing.notes == ([note] if note else [])
+
+
+def test_a_data_set_beside_other_crops_is_a_choice(tmp_path):
+    fill(tmp_path / "sets" / "market", {"query": ["0002_c1_1.jpg"], "bounding_box_test": []})
+    touch(tmp_path / "crops" / "mine" / "x.jpg")
+    (tmp_path / "crops" / "link").symlink_to(tmp_path / "sets")
+    with pytest.raises(ValueError, match=r"one data set, got .* with .*link/market and images in .*mine besides"):
+        list_images(tmp_path / "crops")
+
+
+def test_what_cannot_be_read_beside_a_data_set_is_passed_over(tmp_path, monkeypatch):
+    fill(tmp_path / "market", {"query": ["0002_c1_1.jpg"], "bounding_box_test": []})
+    touch(tmp_path / "lost+found" / "x.jpg")
+    monkeypatch.setattr(os, "access", lambda path, mode: "lost" not in str(path))
+    assert list_images(tmp_path).root == tmp_path / "market"
+
+
+def test_people_counted_from_zero_are_told_of(tmp_path):
+    touch(*(tmp_path / f"{k}" / "a.jpg" for k in range(3)))
+    listing = list_images(tmp_path)
+    assert [i.pid for i in listing.images] == [0, 1, 2]
+    assert listing.notes == ["whoever is called 0 is read as a distractor, who is nobody: count people from 1"]
+    assert (
+        format_data(report_data(tmp_path))
+        .splitlines()[1]
+        .endswith("2 people, 0 cameras, 1 distractors, no cameras, no times")
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "layout"),
+    [
+        ("unlabeled/mine", "Market-1501's layout"),
+        ("labeled/mine", "Market-1501's layout"),
+        ("duke/mine", "Market-1501's layout"),
+        ("supermarket", "Market-1501's layout"),
+        ("cuhk03/CUHK03_labeled", "CUHK03-NP labeled"),
+        ("x/market", "Market-1501"),
+    ],
+)
+def test_a_path_says_which_data_set_it_is_or_does_not(tmp_path, place, layout):
+    fill(tmp_path / place, {"query": ["0002_c1_1.jpg"], "bounding_box_test": []})
+    listing = list_images(tmp_path / place)
+    assert listing.layout == layout and any(layout in note for note in listing.notes) == ("layout" not in layout)
+
+
+def test_the_size_of_a_data_set_counts_more_than_its_path(market1501, tmp_path):
+    (tmp_path / "CUHK03_labeled").symlink_to(market1501)
+    (tmp_path / "cuhk03" / "labeled").mkdir(parents=True)
+    for folder in ("bounding_box_train", "bounding_box_test", "query"):
+        (tmp_path / "cuhk03" / "labeled" / folder).symlink_to(market1501 / folder)
+    assert list_images(tmp_path / "cuhk03" / "labeled").layout == "Market-1501"
 
 
 # CUHK03 as published
@@ -546,6 +661,14 @@ def test_cuhk03_as_published(tmp_path, capsys):
         assert pixels.shape == (12, 9, 3)
         assert pixels[0, 0].tolist() == [255] * 3 and pixels[5, 5].tolist() == [100 + pair, person, number]
         assert image.camid == 1 + (number >= 5)
+
+
+@pytest.mark.parametrize("root", ["cuhk03", "cuhk03/cuhk03_release"])
+def test_the_protocol_of_cuhk03_may_lie_above_its_images(tmp_path, root):
+    release = cuhk03_mats(tmp_path / "cuhk03" / "cuhk03_release", kinds=("labeled",))
+    name = "cuhk03_new_protocol_config_labeled.mat"
+    (release / name).rename(release.parent / name)
+    assert extract_cuhk03(tmp_path / root, tmp_path / "np", progress=False) == {"labeled": 45}
 
 
 def test_an_extraction_goes_on_where_it_stopped(tmp_path):
@@ -612,3 +735,20 @@ def test_the_doctor_explains_a_plain_folder_and_refuses_an_empty_one(tmp_path):
     (tmp_path / "crops" / "a.jpg").rename(tmp_path / "crops" / "a.txt")
     with pytest.raises(ValueError, match=r"data: nothing to use in .* \(a.txt: not an image name"):
         report_data(tmp_path / "crops")
+
+
+def test_the_doctor_prints_any_name_on_one_line(tmp_path):
+    fill(tmp_path, {"query": ["a\nb.jpg", "0001_c1_1.jpg"], "bounding_box_test": []})
+    os.close(os.open(os.fsencode(tmp_path) + b"/bounding_box_test/\xfe.jpg", os.O_CREAT))
+    text = format_data(report_data(tmp_path))
+    text.encode()
+    assert r"query/a\nb.jpg" in text or r"\udcfe.jpg" in text
+    assert len(text.splitlines()) == 4
+
+
+def test_the_doctor_and_files_that_are_not_what_they_seem(tmp_path):
+    touch(tmp_path / "crops" / "a.jpg", tmp_path / "crops" / "model.safetensors")
+    assert report_data(tmp_path / "crops")["splits"]["all"]["images"] == 1
+    (tmp_path / "people.csv").write_text("path\n")
+    with pytest.raises(ValueError, match=r"data: nothing to use in .*people.csv \(it is empty\)"):
+        report_data(tmp_path / "people.csv")

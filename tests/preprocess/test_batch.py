@@ -122,6 +122,16 @@ def test_what_the_source_lacks_is_said(tmp_path):
         run(plain(tmp_path / "crops"), tmp_path / "other", distractors=True)
 
 
+def test_a_table_with_other_labels_is_converted_again(tmp_path):
+    plain(tmp_path, 2)
+    people = tmp_path / "people.csv"
+    for pids in ((1, 2), (8, 9)):
+        people.write_text("path,pid\n" + "".join(f"{k:02d}.png,{pid}\n" for k, pid in enumerate(pids)))
+        assert run(people, tmp_path / "out").written == 2
+        assert open_dataset(tmp_path / "out").all.pids.tolist() == list(pids)
+    assert run(people, tmp_path / "out").skipped == 2
+
+
 def test_a_single_file(tmp_path):
     plain(tmp_path / "crops")
     assert run(tmp_path / "crops" / "03.png", tmp_path / "out").written == 1
