@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from reid3d.data.layouts import ImageRecord, list_images
-from reid3d.io import DATASET_FILE, Shard, atomic_write, hold_folder, library_version, manifest_path
+from reid3d.io import DATASET_FILE, FAILURES_FILE, Shard, atomic_write, hold_folder, library_version, manifest_path
 from reid3d.progress import Progress
 
 from .convert import Converter, Recipe
@@ -32,7 +32,6 @@ from .published import TreeReader, is_obj_tree, list_obj_tree
 from .quality import QUALITY_FILE, WORST_FILE, Summary, write_quality
 
 FORMAT = "reid3d-clouds-1"
-FAILURES_FILE = "failures.jsonl"
 SHARD_NAME = r"(?:train|query|gallery|all)-\d{5,}"
 REPORTS = "|".join(map(re.escape, (DATASET_FILE, FAILURES_FILE, QUALITY_FILE, WORST_FILE)))
 # The temporary files of a run that was killed.

@@ -13,18 +13,17 @@ from typing import Any
 import numpy as np
 
 from reid3d.cloud import PointCloud
-from reid3d.data.layouts import NO_NAME, ImageRecord, parse_name
+from reid3d.data.layouts import IDENTITIES, NO_NAME, ImageRecord, parse_name, split_folders
 from reid3d.formats import read_obj
 
 from .convert import Converted
 
-SPLITS = {"train_all": "train", "train": "train", "val": "train", "query": "query", "gallery": "gallery"}
 FIT = "published"
 
 
 def is_obj_tree(root: str | Path) -> bool:
     """Whether a folder is such a tree: one of its splits holds an .obj file of some identity."""
-    return any(next(Path(root).glob(f"{folder}/*/*.obj"), None) is not None for folder in SPLITS)
+    return any(next(Path(root).glob(f"{folder}/*/*.obj"), None) is not None for folder in IDENTITIES)
 
 
 def list_obj_tree(root: str | Path) -> tuple[list[ImageRecord], list[tuple[str, str]]]:
@@ -33,9 +32,7 @@ def list_obj_tree(root: str | Path) -> tuple[list[ImageRecord], list[tuple[str, 
     Names are relative to `root` and end in .obj.
     """
     root = Path(root)
-    folders = [folder for folder in SPLITS if (root / folder).is_dir()]
-    if "train_all" in folders:
-        folders = [folder for folder in folders if folder not in ("train", "val")]
+    folders = split_folders(root)
     records, rejected = [], []
     for path in sorted(path for folder in folders for path in (root / folder).rglob("*") if path.is_file()):
         name = path.relative_to(root).as_posix()
@@ -47,8 +44,8 @@ def list_obj_tree(root: str | Path) -> tuple[list[ImageRecord], list[tuple[str, 
         elif known is None:
             rejected.append((name, NO_NAME))
         else:
-            records.append(ImageRecord(path, name, SPLITS[name.split("/")[0]], *known))
-    order = list(dict.fromkeys(SPLITS.values()))
+            records.append(ImageRecord(path, name, folders[name.split("/")[0]], *known))
+    order = list(dict.fromkeys(IDENTITIES.values()))
     return sorted(records, key=lambda record: (order.index(record.split), record.name)), rejected
 
 

@@ -116,13 +116,13 @@ def report_data(root: str | Path) -> dict[str, Any]:
     """
     from .data import list_images, open_dataset
     from .data.layouts import SPLITS
-    from .io import DATASET_FILE, manifest_path
+    from .io import DATASET_FILE, FAILURES_FILE, manifest_path
 
     root = Path(root)
     if (root / DATASET_FILE).is_file() or any(manifest_path(path).is_file() for path in root.glob("[!.]*.safetensors")):
         dataset = open_dataset(root)
         records: list[Any] = [r for name in SPLITS for r in getattr(dataset, name).records]
-        layout, notes, rejected = "clouds", [], _failures(root / "failures.jsonl")
+        layout, notes, rejected = "clouds", [], _failures(root / FAILURES_FILE)
     else:
         listing = list_images(root)
         records, rejected, layout, place, notes = list(listing.images), *listing[1:]

@@ -30,6 +30,7 @@ from .cloud import PointCloud
 
 SHARD_FORMAT = "reid3d-shard-1"
 DATASET_FILE = "dataset.json"  # beside the shards of a converted folder: {"shards": {split: count}, ...}
+FAILURES_FILE = "failures.jsonl"  # {name, reason} of what gave no cloud
 LICENSE_NOTE = "Derived from the source images: their licence and terms of use apply to this file."
 _TENSORS = {"xyz": ("F16", "F32"), "rgb": ("U8",), "vertex": ("I32",), "offsets": ("I64",)}
 _BODIES = {"pose": (24, 3), "betas": (10,)}

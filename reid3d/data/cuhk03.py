@@ -12,9 +12,9 @@ from PIL import Image
 
 from ..io import atomic_write
 from ..progress import Progress
+from .layouts import CUHK03
 
 KINDS = ("detected", "labeled")
-MATRIX = "cuhk-03.mat"
 RELEASE = "cuhk03_release"
 PROTOCOL = "cuhk03_new_protocol_config_{}.mat"
 FOLDERS = {"train_idx": "bounding_box_train", "query_idx": "query", "gallery_idx": "bounding_box_test"}
@@ -39,9 +39,9 @@ def extract_cuhk03(root: str | Path, out: str | Path, *, progress: bool = True) 
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error.name} reads CUHK03's .mat files: pip install h5py scipy") from error
     root, out = Path(root), Path(out)
-    matrix = next((path for path in (root / MATRIX, root / RELEASE / MATRIX) if path.is_file()), None)
+    matrix = next((path for path in (root / CUHK03, root / RELEASE / CUHK03) if path.is_file()), None)
     if matrix is None:
-        raise FileNotFoundError(f"root: no {MATRIX} in {root}")
+        raise FileNotFoundError(f"root: no {CUHK03} in {root}")
     configs = {
         kind: folder / PROTOCOL.format(kind)
         for kind in KINDS
@@ -95,9 +95,9 @@ def _pixels(file: Any, kind: str, image: tuple[int, int, int]) -> np.ndarray:
         people = file[file[kind][0, pair - 1]]  # (10, people): MATLAB's columns come first in HDF5
         pixels = file[people[number - 1, person - 1]][()].T
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise ValueError(f"{MATRIX} has no {kind} image {number} of person {person}, pair {pair}: {error}") from error
+        raise ValueError(f"{CUHK03} has no {kind} image {number} of person {person}, pair {pair}: {error}") from error
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise ValueError(f"{MATRIX}: {kind} image {number} of person {person}, pair {pair} is empty")
+        raise ValueError(f"{CUHK03}: {kind} image {number} of person {person}, pair {pair} is empty")
     return np.ascontiguousarray(pixels)
 
 

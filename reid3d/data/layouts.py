@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SPLITS = ("train", "query", "gallery", "all")
+MARKET_LAYOUT = "Market-1501's layout"
 MARKET = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}
 DISTRACTORS = "images"  # where Market-1501's 500k lie
 MSMT17 = {"list_train.txt": "train", "list_val.txt": "train", "list_query.txt": "query", "list_gallery.txt": "gallery"}
@@ -42,7 +43,7 @@ _NUMBER = re.compile(r"|-1(?:\.0)?|[0-9]{1,15}(?:\.0)?")
 _PID = re.compile(r"([0-9]{1,9})(?:\.0)?")  # pandas writes 7.0 where a column has gaps
 
 # Which path tells of which data set, and its images and people in each split. Images of no person (0000, -1)
-# count as images. MSMT17's training set is that of the papers: list_train and list_val.
+# count as images. MSMT17's lists tell enough, and its training set is that of the papers: list_train and list_val.
 PUBLISHED: dict[str, tuple[str, dict[str, tuple[int, int]]]] = {
     "Market-1501": (r"market[-_]?1501|(^|/)market$", dict(train=(12936, 751), query=(3368, 750), gallery=(19732, 750))),
     "DukeMTMC-reID": (r"dukemtmc", dict(train=(16522, 702), query=(2228, 702), gallery=(17661, 1110))),
@@ -54,12 +55,12 @@ PUBLISHED: dict[str, tuple[str, dict[str, tuple[int, int]]]] = {
         r"cuhk[-_]?03.*(?<![a-z])labeled",
         dict(train=(7368, 767), query=(1400, 700), gallery=(5328, 700)),
     ),
-    "MSMT17 V1": (r"msmt17", dict(train=(32621, 1041), query=(11659, 3060), gallery=(82161, 3060))),
-    "MSMT17 V2": (r"msmt17", dict(train=(32621, 1041), query=(11659, 3060), gallery=(82161, 3060))),
+    "MSMT17 V1": (r"", dict(train=(32621, 1041), query=(11659, 3060), gallery=(82161, 3060))),
+    "MSMT17 V2": (r"", dict(train=(32621, 1041), query=(11659, 3060), gallery=(82161, 3060))),
     "VIPeR": (r"viper", dict(query=(632, 632), gallery=(632, 632))),
 }
 _OF_LAYOUT = {
-    "Market-1501's layout": ("Market-1501", "DukeMTMC-reID", "CUHK03-NP detected", "CUHK03-NP labeled"),
+    MARKET_LAYOUT: ("Market-1501", "DukeMTMC-reID", "CUHK03-NP detected", "CUHK03-NP labeled"),
     "MSMT17 V1": ("MSMT17 V1",),
     "MSMT17 V2": ("MSMT17 V2",),
     "pairs": ("VIPeR",),
@@ -143,6 +144,8 @@ def list_images(root: str | Path, *, distractors: bool = False) -> Listing:
         found = (_reader(root) or _any_folder)(root)
     if distractors:
         found = _with_distractors(found)
+    elif found.layout == MARKET_LAYOUT and (root / DISTRACTORS).is_dir():
+        found.notes.append(f"{DISTRACTORS}/ is there: its images join the gallery when distractors are asked for")
     name, differences = _compare(found)
     images = sorted(found.images, key=lambda image: (SPLITS.index(image.split), image.name))
     return found._replace(images=images, layout=name, notes=found.notes + differences)
@@ -233,20 +236,17 @@ def _market(root: Path) -> Listing:
     files = [(name, split) for folder, split in folders.items() for name in _walk(root, folder)]
     found = _collect(root, files, lambda name: parse_name(_last(name)) or NO_NAME)
     missing = [f"{folder} is missing: no {split} images" for folder, split in MARKET.items() if folder not in folders]
-    if (root / DISTRACTORS).is_dir():
-        missing.append(f"{DISTRACTORS}/ is there: its images join the gallery when distractors are asked for")
-    return found._replace(layout="Market-1501's layout", notes=missing)
+    return found._replace(layout=MARKET_LAYOUT, notes=missing)
 
 
 def _with_distractors(found: Listing) -> Listing:
-    if found.layout != "Market-1501's layout" or not (found.root / DISTRACTORS).is_dir():
+    if found.layout != MARKET_LAYOUT or not (found.root / DISTRACTORS).is_dir():
         raise ValueError(f"distractors must lie in {DISTRACTORS}/ beside {', '.join(MARKET)}: not so in {found.root}")
     files = [(name, "gallery") for name in _walk(found.root, DISTRACTORS)]
     more = _collect(found.root, files, lambda name: (0, *(parse_name(_last(name)) or (0, -1, -1))[1:]))
-    notes = [note for note in found.notes if not note.startswith(f"{DISTRACTORS}/")]
-    notes.append(f"{DISTRACTORS}/: {len(more.images):,} distractors join the gallery")
+    note = f"{DISTRACTORS}/: {len(more.images):,} distractors join the gallery"
     images, rejected = found.images + more.images, found.rejected + more.rejected
-    return found._replace(images=images, rejected=rejected, notes=notes)
+    return found._replace(images=images, rejected=rejected, notes=[*found.notes, note])
 
 
 def _msmt17(root: Path) -> Listing:
@@ -299,14 +299,18 @@ def _pairs(root: Path) -> Listing:
 
 
 def _splits(root: Path) -> Listing:
-    folders = [folder for folder in IDENTITIES if (root / folder).is_dir()]
-    if "train_all" in folders:
-        folders = [folder for folder in folders if folder not in ("train", "val")]
-    files = [(name, IDENTITIES[folder]) for folder in folders for name in _walk(root, folder)]
+    folders = split_folders(root)
+    files = [(name, split) for folder, split in folders.items() for name in _walk(root, folder)]
     found = _of_identities(root, files, depth=1)
-    missing = sorted({"train", "query", "gallery"} - {IDENTITIES[folder] for folder in folders})
+    missing = sorted({"train", "query", "gallery"} - set(folders.values()))
     notes = found.notes + [f"{split} is missing: no {split} images" for split in missing]
     return found._replace(layout="splits of identities", notes=notes)
+
+
+def split_folders(root: Path) -> dict[str, str]:
+    """{folder: split} of the folders of splits in `root`, without train and val beside train_all, which holds both."""
+    folders = {folder: split for folder, split in IDENTITIES.items() if (root / folder).is_dir()}
+    return {f: s for f, s in folders.items() if not ("train_all" in folders and f in ("train", "val"))}
 
 
 def _of_identities(root: Path, files: list[tuple[str, str]], depth: int) -> Listing:
@@ -462,7 +466,7 @@ def count(images: Iterable[ImageRecord]) -> dict[str, tuple[int, int]]:
 def _compare(found: Listing) -> tuple[str, list[str]]:
     """The published data set that a listing is of, by the names of its folders or by its size, and how it differs."""
     counts, notes = count(image for image in found.images if not image.name.startswith(f"{DISTRACTORS}/")), []
-    if found.layout == "Market-1501's layout":
+    if found.layout == MARKET_LAYOUT:
         names = {split: {_last(i.name) for i in found.images if i.split == split} for split in ("query", "gallery")}
         if both := len(names["query"] & names["gallery"]):
             notes.append(f"{both:,} images have the same name in query and gallery")
@@ -474,8 +478,7 @@ def _compare(found: Listing) -> tuple[str, list[str]]:
         return found.layout, notes
     name = (sized or called)[0]
     for split, (images, people) in PUBLISHED[name][1].items():
-        have = counts.get(split, (0, 0))
-        if have != (images, people):
-            is_ = f"{split}: {have[0]:,} images of {have[1]:,} people"
-            notes.append(f"{is_}; {name} has {images:,} of {people:,}")
+        here = counts.get(split, (0, 0))
+        if here != (images, people):
+            notes.append(f"{split}: {here[0]:,} images of {here[1]:,} people; {name} has {images:,} of {people:,}")
     return name, notes

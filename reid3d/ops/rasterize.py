@@ -57,12 +57,18 @@ def _area(o: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return (a[..., 0] - o[..., 0]) * (b[..., 1] - o[..., 1]) - (b[..., 0] - o[..., 0]) * (a[..., 1] - o[..., 1])
 
 
+def _opposite(corners: Tensor, pixel: Tensor) -> Tensor:
+    """`_area` (P,3) of the triangles of positions pixel (P,2) and the edge opposite to each of corners (P,3,>=2).
+
+    Each from its own edge, not the third as the rest: faces that share an edge then leave no crack along it.
+    """
+    a, b, c = corners.unbind(1)
+    return torch.stack([_area(pixel, b, c), _area(pixel, c, a), _area(pixel, a, b)], -1)
+
+
 def barycentric(corners: Tensor, pixel: Tensor) -> Tensor:
     """Barycentric coordinates (P,3) on the screen of positions pixel (P,2) in triangles corners (P,3,>=2)."""
-    a, b, c = corners.unbind(1)
-    # Each from its own edge, not the third as the rest: faces that share an edge then leave no crack along it.
-    opposite = torch.stack([_area(pixel, b, c), _area(pixel, c, a), _area(pixel, a, b)], -1)
-    return opposite * (1 / _area(a, b, c))[:, None]
+    return _opposite(corners, pixel) * (1 / _area(*corners.unbind(1)))[:, None]
 
 
 def rasterize_reference(points: Tensor, faces: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -87,8 +93,7 @@ def rasterize_reference(points: Tensor, faces: Tensor, height: int, width: int) 
     step = torch.arange(len(row), device=points.device) - torch.repeat_interleave(size.cumsum(0) - size, size)
     px, py, face = x0[row] + step % columns[row], y0[row] + step // columns[row], face[row]
     centre = torch.stack([px, py], -1) + 0.5
-    a, b, c = corners[face].unbind(1)
-    opposite = torch.stack([_area(centre, b, c), _area(centre, c, a), _area(centre, a, b)], -1)
+    opposite = _opposite(corners[face], centre)
     inside = (opposite <= 0).all(-1)
     face, pixel = face[inside], (face // max(count, 1) * (height * width) + py * width + px)[inside]
     u, v, w = (opposite[inside] * (1 / area[face])[:, None]).unbind(-1)

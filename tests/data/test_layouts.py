@@ -324,6 +324,13 @@ def test_msmt17(tmp_path, version):
     assert all(image.pid == int(Path(image.name).parent.name) + 1 for image in listing.images)
 
 
+def test_msmt17_is_held_against_its_numbers_wherever_it_lies(tmp_path):
+    name = "0000/0000_000_01_0303morning_0008_0.jpg"
+    touch(tmp_path / "mask_train_v2" / name)
+    (tmp_path / "list_train.txt").write_text(f"{name} 0\n")
+    assert "train: 1 images of 1 people; MSMT17 V2 has 32,621 of 1,041" in list_images(tmp_path).notes
+
+
 def test_lists_of_msmt17_with_faults(tmp_path):
     good, other = "0000/0000_000_01_0303morning_0008_0.jpg", "0000/0000_001_02_0303morning_0008_0.jpg"
     touch(tmp_path / "train" / good, tmp_path / "train" / other, tmp_path / "test" / good)
