@@ -34,6 +34,7 @@ class CloudConfig:
         flip: mirror x half the time.
         scale: stretch each axis by U(0.75, 1.33).
         jitter: move each coordinate by N(0, 1 cm), clipped at 1 cm.
+        background: keep the points that are not the body's.
         workers: loader processes; the result does not depend on it.
     """
 
@@ -41,6 +42,7 @@ class CloudConfig:
     flip: bool = True
     scale: bool = True
     jitter: bool = True
+    background: bool = True
     workers: int = 0
 
 

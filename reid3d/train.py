@@ -111,7 +111,7 @@ def _train(config: TrainConfig, run: Path, split: CloudSplit, model: nn.Module, 
             metrics = _train_epoch(model, optimizer, loader, config, epoch, device, bar)
             _log(run, metrics)
             trained_on = {"data": Path(config.data).name, "clouds": len(split), "ids": split.num_pids}
-            trained_on |= {"epochs": epoch + 1, "points": config.cloud.points}
+            trained_on |= {"epochs": epoch + 1, "points": config.cloud.points, "background": config.cloud.background}
             save_weights(model, run / "model.safetensors", trained_on=json.dumps(trained_on))
             _save(run, model, optimizer, content, epoch + 1)
             line = "epoch {epoch}: loss {loss:.3f}, accuracy {accuracy:.3f}".format(**metrics)
@@ -184,7 +184,9 @@ def _training_split(config: TrainConfig) -> CloudSplit:
             f"got {config.train.batch}"
         )
     part = config.cloud
-    transform = TrainTransform(part.points, flip=part.flip, scale=part.scale, jitter=part.jitter)
+    transform = TrainTransform(
+        part.points, flip=part.flip, scale=part.scale, jitter=part.jitter, background=part.background
+    )
     return split.with_transform(transform, seed=config.train.seed)
 
 

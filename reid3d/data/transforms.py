@@ -26,7 +26,7 @@ def _evenly(n: int, points: int) -> np.ndarray:
 
 
 def _centred(cloud: PointCloud) -> np.ndarray:
-    """xyz (N, 3) float32 about the mean of all points, body and background."""
+    """xyz (N, 3) float32 about the mean of all points."""
     return cloud.xyz - cloud.xyz.mean(axis=0, dtype=np.float64).astype(np.float32)
 
 
@@ -35,18 +35,22 @@ def _tensors(xyz: np.ndarray, rgb: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.ascontiguousarray(xyz)), torch.from_numpy(colours)
 
 
-def _check(cloud: PointCloud, points: int) -> None:
+def _checked(cloud: PointCloud, points: int, background: bool) -> PointCloud:
+    """The points to choose from."""
     if points < 1:
         raise ValueError(f"points must be positive, got {points}")
     if len(cloud) == 0:
         raise ValueError("cloud must have at least one point, got none")
+    body = cloud.vertex >= 0
+    return cloud if background or not body.any() else PointCloud(cloud.xyz[body], cloud.rgb[body], cloud.vertex[body])
 
 
 @dataclass(frozen=True)
 class EvalTransform:
     """Centre the cloud and take ``points`` evenly spread ones, in file order; nothing random.
 
-    A cloud of fewer points repeats some, each about equally often.
+    A cloud of fewer points repeats some, each about equally often. Without ``background`` only the body's points count;
+    a cloud that has none is taken whole.
 
     Returns, when called with (cloud, rng): xyz (points, 3) float32 metres, rgb (points, 3) float32 in [-0.5, 0.5].
 
@@ -55,9 +59,10 @@ class EvalTransform:
     """
 
     points: int = 4096
+    background: bool = True
 
     def __call__(self, cloud: PointCloud, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        _check(cloud, self.points)
+        cloud = _checked(cloud, self.points, self.background)
         chosen = _evenly(len(cloud), self.points)
         return _tensors(_centred(cloud)[chosen], cloud.rgb[chosen])
 
@@ -71,6 +76,7 @@ class TrainTransform:
         flip: mirror x half the time.
         scale: stretch each axis by its own U(0.75, 1.33).
         jitter: then move each coordinate by N(0, 1 cm), clipped at 1 cm.
+        background: as for EvalTransform.
 
     Returns and raises as EvalTransform. The random subset is drawn without replacement from all points (the published
     one leaves out the last point).
@@ -80,9 +86,10 @@ class TrainTransform:
     flip: bool = True
     scale: bool = True
     jitter: bool = True
+    background: bool = True
 
     def __call__(self, cloud: PointCloud, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        _check(cloud, self.points)
+        cloud = _checked(cloud, self.points, self.background)
         n = len(cloud)
         if rng.random() < 0.5 and self.points < n:
             chosen = np.sort(rng.choice(n, self.points, replace=False, shuffle=False))

@@ -36,7 +36,8 @@ def create_model(
     name: str | None = None, num_classes: int = 0, *, weights: str | Path | None = None, **kwargs: Any
 ) -> nn.Module:
     """A network, in training mode; ``model.inputs`` says what it eats ("cloud": xyz and rgb, both (B, N, 3)), and
-    ``model.points`` how many points a cloud its weights were trained with (None: fresh, or the file does not say).
+    ``model.points`` how many points a cloud its weights were trained with (None: fresh, or the file does not say), and
+    ``model.background`` whether those of the background were among them.
 
     Args:
         name: one of ``list_models()``; may be left out when ``weights`` is given.
@@ -63,7 +64,7 @@ def create_model(
         raise ValueError(f"num_classes must not be negative, got {num_classes}")
     model = MODELS[name](num_classes, **kwargs)
     model.name, model.kwargs, model.num_classes = name, kwargs, num_classes  # type: ignore[assignment]
-    model.points = _points(meta.get("trained_on", ""))  # type: ignore[assignment]
+    model.points, model.background = _fed_with(meta.get("trained_on", ""))  # type: ignore[assignment]
     if weights is not None:
         own = model.state_dict()
         fresh = {key for key in own if key.startswith("head.classifier.")}
@@ -80,7 +81,8 @@ def create_model(
 def save_weights(model: nn.Module, path: str | Path, *, trained_on: str) -> None:
     """Write a model of ``create_model`` as safetensors, atomically.
 
-    ``trained_on`` says what it has seen, in words, or as the JSON of an object, whose "points" is read back.
+    ``trained_on`` says what it has seen, in words, or as the JSON of an object, whose "points" and "background" are
+    read back.
     """
     metadata = {
         "format": FORMAT,
@@ -110,11 +112,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _points(trained_on: str) -> int | None:
+def _fed_with(trained_on: str) -> tuple[int | None, bool]:
     try:
-        return int(json.loads(trained_on)["points"])
+        note = json.loads(trained_on)
+        return int(note["points"]), bool(note.get("background", True))
     except (ValueError, TypeError, KeyError):
-        return None
+        return None, True
 
 
 def _shape(state: dict[str, Any], key: str) -> tuple[int, ...] | None:

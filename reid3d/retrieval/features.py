@@ -110,10 +110,10 @@ def extract(
     """The features of every cloud of a split, in its order, each the unit vector along the sum over `scales` of
     model(scale * xyz, rgb).
 
-    points: taken evenly from each cloud. None takes them as the split's transform says, and where none was chosen, as
-    many as the model's weights were trained with. The default scales are those of the published OG-Net test code. The
-    model is used in eval mode and given back in the mode it came in; device None leaves it where it is, any other moves
-    it there.
+    points: taken evenly from each cloud, without the background if the model's weights were trained so. None takes them
+    as the split's transform says, and where none was chosen, as many as the model's weights were trained with. The
+    default scales are those of the published OG-Net test code. The model is used in eval mode and given back in the
+    mode it came in; device None leaves it where it is, any other moves it there.
 
     Raises: ValueError for an empty split, points < 1, no scales, batch < 1, workers < 0, a model of images, or a model
         that returns NaN.
@@ -132,7 +132,7 @@ def extract(
     if points is not None:
         if points < 1:
             raise ValueError(f"points must be at least 1, got {points}")
-        split = split.with_transform(EvalTransform(points))
+        split = split.with_transform(EvalTransform(points, getattr(model, "background", True)))
     if device is not None:
         model = model.to(device)
     where = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -31,6 +31,18 @@ def test_eval_by_hand():
     assert xyz.dtype == rgb.dtype == torch.float32
 
 
+@pytest.mark.parametrize("make", [EvalTransform, still])
+def test_without_background_there_is_only_the_body(make):
+    cloud = make_cloud(12)
+    body = np.array([1, 4, 5, 9])
+    cloud.vertex[body] = 7
+    xyz, rgb = make(4, background=False)(cloud, rng())
+    torch.testing.assert_close(xyz, torch.from_numpy(cloud.xyz[body] - cloud.xyz[body].mean(0)))
+    torch.testing.assert_close(rgb, torch.from_numpy(cloud.rgb[body] / 255 - 0.5).float())
+    alone = make_cloud(12)  # of which nothing would be left
+    torch.testing.assert_close(make(6, background=False)(alone, rng())[0], make(6)(alone, rng())[0])
+
+
 def test_eval_takes_every_second_point_of_a_whole_crop():
     cloud = make_cloud(8192)
     xyz, _ = EvalTransform()(cloud, rng())

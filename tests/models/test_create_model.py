@@ -47,13 +47,21 @@ def test_classifier_is_loaded_when_it_fits(saved):
 
 
 @pytest.mark.parametrize(
-    ("trained_on", "points"), [('{"points": 96}', 96), ("nothing", None), ("[]", None), ('{"points": null}', None)]
+    ("trained_on", "points", "background"),
+    [
+        ('{"points": 96}', 96, True),
+        ('{"points": 96, "background": false}', 96, False),
+        ("nothing", None, True),
+        ("[]", None, True),
+        ('{"points": null}', None, True),
+    ],
 )
-def test_points_come_with_the_weights(trained_on, points, tmp_path):
+def test_what_it_was_fed_with_comes_with_the_weights(trained_on, points, background, tmp_path):
     model = create_model("ognet_small", **SIZES)
-    assert model.points is None
+    assert model.points is None and model.background is True
     save_weights(model, tmp_path / "w", trained_on=trained_on)
-    assert create_model(weights=tmp_path / "w").points == points
+    again = create_model(weights=tmp_path / "w")
+    assert (again.points, again.background) == (points, background)
 
 
 def test_devices():

@@ -147,6 +147,12 @@ def test_extract_takes_as_many_points_as_the_model_was_trained_with(dataset):
     assert (extract(model, split, progress=False).feats == with_points(200)).all()
     assert (extract(model, chosen, progress=False).feats == with_points(100)).all()
     assert (extract(model, chosen, points=50, progress=False).feats == with_points(50)).all()
+    model.background = False
+    body = EvalTransform(200, background=False)
+    assert (
+        extract(model, split, progress=False).feats
+        == extract(Moments(), split.with_transform(body), progress=False).feats
+    ).all()
     with pytest.raises(ValueError, match="points must be at least 1, got 0"):
         extract(model, split, points=0)
 
