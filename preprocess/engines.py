@@ -6,19 +6,21 @@ how many there are.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +33,8 @@ from .published import TreeReader
 
 ENGINES = ("local", "ray")
 DECODE_THREADS = 2  # a process
+
+T = TypeVar("T")
 
 
 Maker = Converter | TreeReader
@@ -51,12 +55,11 @@ def make_shards(
     """Make the shards of tasks; yields how many more crops are done, now and then."""
     if engine == "ray":
         yield from _on_ray(tasks, _portable(converter), batch, workers)
-    elif workers > 1 and len(tasks) > 1:
-        yield from _in_processes(tasks, converter, batch, min(workers, len(tasks)))
-    else:
-        with _one_thread():
-            for task in tasks:
-                yield from make_shard(task, converter, batch)
+        return
+    forked = not torch.cuda.is_initialized()
+    # The largest first, so that the last ones end together.
+    tasks = sorted(tasks, key=lambda task: -len(task.images))
+    yield from share_out(tasks, partial(_shard_maker, converter if forked else _portable(converter), batch), workers)
 
 
 def make_shard(task: Task, converter: Maker, batch: int) -> Iterator[int]:
@@ -117,6 +120,11 @@ def _read_ahead(pool: ThreadPoolExecutor, chunks: list[list[ImageRecord]], conve
         yield list(waiting.popleft())
 
 
+def _shard_maker(converter: Maker | Recipe, batch: int) -> Callable[[Task], Iterator[int]]:
+    made = Converter(converter) if isinstance(converter, Recipe) else converter
+    return partial(make_shard, converter=made, batch=batch)
+
+
 def _portable(converter: Maker) -> TreeReader | Recipe:
     """What another process makes the same of."""
     return converter.recipe if isinstance(converter, Converter) else converter
@@ -137,20 +145,19 @@ class _Stopped(Exception):
 
 
 class _Worker:
-    """What a process of the pool holds; the counter of crops and the wish to stop are shared with the parent."""
+    """What a process of the pool holds; the counter of items and the wish to stop are shared with the parent."""
 
-    converter: Maker
-    batch: int
-    crops: Any
+    run_task: Callable[[Any], Iterator[int]]
+    items: Any
     stop: Any
 
     @classmethod
-    def start(cls, converter: Maker | Recipe, batch: int, crops: Any, stop: Any) -> None:
+    def start(cls, make: Callable[[], Callable[[Any], Iterator[int]]], items: Any, stop: Any) -> None:
         torch.set_num_threads(1)
+        gc.freeze()  # what was imported is garbage no more
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and tells
         Thread(target=cls._end_with_parent, daemon=True).start()
-        cls.converter = Converter(converter) if isinstance(converter, Recipe) else converter
-        cls.batch, cls.crops, cls.stop = batch, crops, stop
+        cls.run_task, cls.items, cls.stop = staticmethod(make()), items, stop
 
     @staticmethod
     def _end_with_parent() -> None:
@@ -160,29 +167,43 @@ class _Worker:
         os._exit(1)
 
     @classmethod
-    def run(cls, task: Task) -> None:
-        for crops in make_shard(task, cls.converter, cls.batch):
-            with cls.crops.get_lock():
-                cls.crops.value += crops
+    def run(cls, task: Any) -> None:
+        for items in cls.run_task(task):
+            with cls.items.get_lock():
+                cls.items.value += items
             if cls.stop.is_set():
                 raise _Stopped
 
 
-def _in_processes(tasks: list[Task], converter: Maker, batch: int, workers: int) -> Generator[int, None, None]:
-    # A forked process has the converter at once, as DataLoader's have their data set; CUDA does not survive a fork.
+def share_out(
+    tasks: Sequence[T], make: Callable[[], Callable[[T], Iterator[int]]], workers: int
+) -> Generator[int, None, None]:
+    """Run tasks, one thread each, in this process or in several; yields how many more items are done, now and then.
+
+    make: returns what runs a task and yields its items. It is called in every process; where processes cannot be forked
+    it is pickled.
+    """
+    if min(workers, len(tasks)) < 2:
+        with _one_thread():
+            run = make()
+            for task in tasks:
+                yield from run(task)
+        return
+    # A forked process has what it needs at once, as DataLoader's have their data set; CUDA does not survive a fork.
     forked = not torch.cuda.is_initialized()
     context = multiprocessing.get_context("fork" if forked else "spawn")
-    crops, stop, reported = context.Value("q", 0), context.Event(), 0
-    start = (_Worker.start, (converter if forked else _portable(converter), batch, crops, stop))
-    with ProcessPoolExecutor(workers, context, *start) as pool:
-        # The largest first, so that the last ones end together.
-        left = {pool.submit(_Worker.run, task) for task in sorted(tasks, key=lambda task: -len(task.images))}
+    items, stop, reported = context.Value("q", 0), context.Event(), 0
+    if forked:
+        with _one_thread():
+            make = partial(_identity, make())
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, _Worker.start, (make, items, stop)) as pool:
+        left = {pool.submit(_Worker.run, task) for task in tasks}
         try:
             while left:
                 done, left = wait(left, timeout=0.2, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                so_far = crops.value
+                so_far = items.value
                 yield so_far - reported
                 reported = so_far
         except BrokenProcessPool as error:
@@ -192,6 +213,10 @@ def _in_processes(tasks: list[Task], converter: Maker, batch: int, workers: int)
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+def _identity(value: T) -> T:
+    return value
 
 
 def _on_ray(tasks: list[Task], recipe: TreeReader | Recipe, batch: int, workers: int) -> Generator[int, None, None]:
