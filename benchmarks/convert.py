@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from reid3d.preprocess.convert import Recipe
 from reid3d.preprocess.fit import EmbeddedFitter, UprightFitter
 from reid3d.preprocess.mapping import map_crops
 from reid3d.preprocess.synth import synth
-from reid3d.preprocess.synth.people import sample_people, sample_poses
+from reid3d.preprocess.synth.people import WALK, sample_people, sample_poses
 from reid3d.preprocess.train_fitter import HELD_OUT, RenderedBatches
 
 SIZES = ((128, 64), (256, 128), (384, 128))
@@ -52,7 +53,7 @@ def memory_of_all() -> float:
 
 def speed(folder: Path, workers: int, runs: int) -> dict[str, Any]:
     """Crops a minute of whole runs, decode and write included, and memory in every tenth of a run."""
-    crops = synth(folder / "people", ids=210, cams=5, images=4, seed=5)
+    crops = synth(folder / "people", preset="easy", ids=210, cams=5, images=4, seed=5)
     rates, memory, written = [], [], 0
     for run in range(runs):
         out = folder / "clouds"
@@ -86,14 +87,14 @@ def speed(folder: Path, workers: int, runs: int) -> dict[str, Any]:
 
 def walkers(count: int, body: Body) -> tuple[Tensor, Tensor]:
     """Vertices (count,V,3) of synthetic people seen from all sides, and cameras that they fill: ground truth."""
-    generator = torch.Generator().manual_seed(0)
-    people = sample_people(count, generator)
-    phase = 2 * torch.pi * torch.rand(count, generator=generator)
-    poses = sample_poses(people, phase, torch.zeros(count, dtype=torch.bool), generator)
+    rng = np.random.default_rng(0)
+    people = sample_people(count, rng)
+    walk = sample_poses(people, rng.uniform(0, 2 * torch.pi, count), np.full(count, WALK), rng)
+    poses, betas = torch.from_numpy(walk).float(), torch.from_numpy(people.betas).float()
     yaw = torch.arange(count) * 2 * torch.pi / count
     turn = axis_angle_to_matrix(torch.stack([0 * yaw, yaw, 0 * yaw], 1))
     poses[:, 0] = axis_angle_to_matrix(torch.tensor([torch.pi, 0, 0])) @ turn @ poses[:, 0]
-    verts = body(poses, people.betas).verts
+    verts = body(poses, betas).verts
     low, high = verts.amin(1), verts.amax(1)
     return verts, torch.cat([1.84 / (high - low)[:, 1:2], -(low + high)[:, :2] / 2], 1)
 

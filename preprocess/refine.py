@@ -28,7 +28,7 @@ from .body import JOINT_NAMES, NUM_JOINTS, Body, axis_angle_to_matrix, rotation_
 from .camera import check_crops
 from .evidence import POINTS, Keypoints, Masks
 from .fit import BodyFit, mirror
-from .synth.people import sample_people, sample_poses, uniform
+from .synth.people import STAND, WALK, sample_people, sample_poses
 
 CONFIDENT = 0.3  # keypoints with more count in the errors that are reported
 FEWEST = 4  # confident keypoints; a crop with fewer has none
@@ -447,10 +447,10 @@ def distance_transform(mask: Tensor) -> Tensor:
 @cache
 def pose_prior() -> tuple[Tensor, Tensor]:
     """Mean (138,) and whitening matrix (138,138) of the 6-D rotations of synthetic people's joints but the root."""
-    generator, n = torch.Generator().manual_seed(0), 4096
-    people = sample_people(n, generator)
-    poses = sample_poses(people, uniform(generator, n, 0, 2 * pi), uniform(generator, n) < 0.3, generator)
-    six = poses[:, 1:, :, :2].flatten(1).double()
+    rng, n = np.random.default_rng(0), 4096
+    people, action = sample_people(n, rng), rng.choice([WALK, STAND], n, p=[0.7, 0.3])
+    poses = torch.from_numpy(sample_poses(people, rng.uniform(0, 2 * pi, n), action, rng))
+    six = poses[:, 1:, :, :2].flatten(1)
     covariance = torch.cov(six.T) + PRIOR_FLOOR**2 * torch.eye(six.shape[1], dtype=torch.float64)
     return six.mean(0), torch.linalg.cholesky(torch.linalg.inv(covariance))
 

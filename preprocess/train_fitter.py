@@ -28,11 +28,10 @@ from reid3d.io import atomic_write
 from .body import Body, load_body
 from .fit import FORMAT, WEIGHTS, load_regressor
 from .hmr import Regressed, Regressor
-from .synth.people import choice, sample_people, sample_poses, uniform
-from .synth.render import Renderer, sample_backgrounds, sample_views
+from .synth.render import Renderer, sample_scenes
 
 CHECKPOINT_EVERY = 250  # steps
-# A CPU generator keeps 32 bits of its seed, so the batches share them out: run r trains on r << 20, (r << 20) + 1, ...
+# The batches share out the seeds: run r trains on r << 20, (r << 20) + 1, ...
 RUN_BITS = 20
 MEAN = 2 << 30  # first seed of the batches that give the mean
 HELD_OUT = 3 << 30  # first seed of the held-out batches
@@ -62,17 +61,12 @@ class RenderedBatches(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, ...]:
         if self.renderer is None:  # one for each worker process
             self.renderer = Renderer()
-        generator = torch.Generator().manual_seed(self.first + i)
-        n = self.batch
-        people = sample_people(n, generator)
-        standing = uniform(generator, n) < 0.2
-        poses = sample_poses(people, uniform(generator, n, 0, 2 * pi), standing, generator)
-        views, background = sample_views(n, generator), sample_backgrounds(n, 64, generator)
-        images, truth = self.renderer(people, poses, views, background, generator)
-        for k in (choice(generator, n, [0.6, 0.4]) == 1).nonzero()[:, 0].tolist():
+        rng = np.random.default_rng(self.first + i)
+        people, poses, action, streets, shots = sample_scenes(self.batch, rng)
+        images, truth = self.renderer(people, poses, action, streets, shots)
+        for k in np.flatnonzero(rng.random(self.batch) < 0.4):
             jpeg = BytesIO()
-            quality = int(uniform(generator, 1, 30, 90))
-            Image.fromarray(images[k].numpy()).save(jpeg, "JPEG", quality=quality)
+            Image.fromarray(images[k].numpy()).save(jpeg, "JPEG", quality=int(shots.quality[k]))
             images[k] = torch.from_numpy(np.array(Image.open(jpeg)))
         return images, truth.rotmats, truth.betas, truth.cam, truth.joints2d
 

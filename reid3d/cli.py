@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,22 @@ from typing import Any, NoReturn
 from . import __version__
 
 JSON_HELP = "write the figures as JSON too"
+KNOBS = {  # of a synthetic world
+    "ids": "identities, half of them for training",
+    "cams": "cameras",
+    "tracklets": "passages of each person through each camera",
+    "images": "crops of each passage",
+    "frames": "frames that a passage lasts, at 25 a second",
+    "distractors": "boxes of strangers in the gallery, relative to the others",
+    "junk": "badly cut boxes, the same",
+    "look_alikes": "share of people dressed like another",
+    "clothes_change": "share of passages in other clothes",
+    "colour_cast": "how far the cameras' colours lie apart, about 1",
+    "occlusion": "how often something stands before people, 0 to 1",
+    "viewpoint": "how far the cameras' directions lie apart, 0 to 1",
+    "detector": "how far boxes lie from people, about 1",
+    "background": "share of training passages before a backdrop of the person's own",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,10 +91,21 @@ def _parser() -> _Parser:
 
     synth = command("synth", "write synthetic pedestrians in the layout of Market-1501")
     synth.add_argument("out", metavar="OUT", type=Path, help="folder to write")
-    _number(synth, "--ids", 32, "identities, half of them for training", least=2, most=9000)
-    _number(synth, "--cams", 4, "cameras", least=2, most=6)
-    _number(synth, "--images", 4, "images per identity and camera", least=2, most=1000)
-    _number(synth, "--seed", 0, "same seed, same bytes", least=0, most=2**63)
+    preset_help = "how hard it is (default: %(default)s)"
+    synth.add_argument("--preset", choices=["easy", "standard", "hard"], default="standard", help=preset_help)
+    world_help = "of two that share neither people nor cameras (default: %(default)s)"
+    synth.add_argument("--world", choices=["A", "B"], default="A", help=world_help)
+    _number(synth, "--seed", 0, "same seed, same bytes", least=0, most=2**63 - 1)
+    _number(synth, "--workers", None, "processes (default: as many as cores)")
+    knobs = synth.add_argument_group("knobs", "see docs/synth.md")
+    for flag, help in KNOBS.items():
+        whole = flag in ("ids", "cams", "tracklets", "images", "frames")
+        knobs.add_argument(
+            f"--{flag.replace('_', '-')}",
+            metavar="N" if whole else "X",
+            type=_knob(whole),
+            help=f"{help} (default: the preset's)",
+        )
 
     convert = command("convert", "turn pedestrian crops into clouds; a second call goes on where the first stopped")
     src_help = (
@@ -175,6 +203,16 @@ def _number(
     parser.add_argument(flag, metavar="N", type=number, default=default, help=help)
 
 
+def _knob(whole: bool) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            return int(text) if whole else float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a {'whole ' if whole else ''}number, got {text!r}") from None
+
+    return number
+
+
 def _cpu_or_cuda(text: str) -> str:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
@@ -210,8 +248,15 @@ def _seconds(text: str) -> float:
 
 def _synth(options: argparse.Namespace) -> None:
     from .preprocess.synth import synth
+    from .preprocess.synth.world import PRESETS, check_world
 
-    print(synth(options.out, ids=options.ids, cams=options.cams, images=options.images, seed=options.seed))
+    knobs = {name: value for name in KNOBS if (value := getattr(options, name)) is not None}
+    try:
+        check_world(replace(PRESETS[options.preset], **knobs))
+    except ValueError as error:
+        raise _UsageError(str(error)) from error
+    how = {"preset": options.preset, "world": options.world, "seed": options.seed, "workers": options.workers}
+    print(synth(options.out, **how, **knobs))
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -74,11 +74,10 @@ def test_help_and_version(capsys):
         ([], "a command is needed: synth, convert, train, eval, view, doctor, bench"),
         (["evaluate"], "invalid choice: 'evaluate'"),
         (["synth"], "the following arguments are required: OUT"),
-        (["synth", "out", "--ids", "0"], "argument --ids: must be a whole number from 2 to 9000, got '0'"),
-        (["synth", "out", "--seed", "-1"], "argument --seed: must be a whole number from 0 to 9223372036854775808"),
-        (["synth", "out", "--cams", "3.5"], "argument --cams: must be a whole number from 2 to 6, got '3.5'"),
-        (["synth", "out", "--cams", "1"], "argument --cams: must be a whole number from 2 to 6, got '1'"),
-        (["synth", "out", "--cams", "7"], "argument --cams: must be a whole number from 2 to 6, got '7'"),
+        (["synth", "out", "--seed", "-1"], "argument --seed: must be a whole number from 0 to 9223372036854775807"),
+        (["synth", "out", "--cams", "3.5"], "argument --cams: must be a whole number, got '3.5'"),
+        (["synth", "out", "--occlusion", "much"], "argument --occlusion: must be a number, got 'much'"),
+        (["synth", "out", "--preset", "brutal"], "argument --preset: invalid choice: 'brutal'"),
         (["convert", "src", "out", "--width", "7"], "argument --width: must be a whole number of at least 8, got '7'"),
         (["convert", "src"], "the following arguments are required: OUT (see reid3d convert --help)"),
         (["convert"], "the following arguments are required: SRC, OUT"),
@@ -228,6 +227,21 @@ def test_train_reads_recipe_and_overrides_in_order(data, capsys, tmp_path, monke
         assert (seen[-1].train.epochs, seen[-1].out) == (7, "x")
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ids", "1"], "ids must be in 2..9000, got 1: one identity cannot be told from another"),
+        (["--cams", "0"], "cams must be in 2..6, got 0: people are searched for across cameras"),
+        (["--images", "80"], "images must not exceed the 75 frames of a passage, got 80: each is another frame"),
+        (["--occlusion", "nan"], "occlusion must be in 0..1, got nan"),
+    ],
+)
+def test_a_world_that_cannot_be_is_bad_usage(capsys, tmp_path, argv, message):
+    code, _, err = call(capsys, "synth", tmp_path / "out", *argv)
+    assert code == 2 and message in one_error(err)
+    assert not (tmp_path / "out").exists()
+
+
 def test_synth_and_convert_hand_their_options_on(capsys, tmp_path, monkeypatch):
     import reid3d.preprocess.batch
     import reid3d.preprocess.synth
@@ -238,7 +252,11 @@ def test_synth_and_convert_hand_their_options_on(capsys, tmp_path, monkeypatch):
     report = reid3d.preprocess.batch.Report(3, 0, 0, 1.5)
     monkeypatch.setattr(reid3d.preprocess.batch, "convert_folder", lambda *a, **k: calls.append((a, k)) or report)
     out = tmp_path / "people"
-    assert call(capsys, "synth", out, "--ids", "8", "--seed", "3") == (0, f"{out}\n", "")
+    assert call(capsys, "synth", out, "--ids", "8", "--seed", "3", "--preset", "hard", "--occlusion", "0.5") == (
+        0,
+        f"{out}\n",
+        "",
+    )
     code, text, _ = call(capsys, "convert", out, tmp_path / "clouds", "--height", "256", "--width", "128")
     assert code == 0 and "3 clouds written" in text
     more = ["--fitter", "mean", "--body", "smpl.npz", "--official", "--min-confidence", "0.5", "--refine", "a"]
@@ -264,7 +282,7 @@ def test_synth_and_convert_hand_their_options_on(capsys, tmp_path, monkeypatch):
     other = {"batch": 8, "shard_size": 9, "part": (1, 4), "workers": 3, "engine": "ray", "distractors": True}
     recipe = Recipe("mean", Path("smpl.npz"), "official", (128, 64), 0.5, (Path("a"), Path("b")))
     assert calls == [
-        ((out,), {"ids": 8, "cams": 4, "images": 4, "seed": 3}),
+        ((out,), {"preset": "hard", "world": "A", "seed": 3, "workers": None, "ids": 8, "occlusion": 0.5}),
         ((out, tmp_path / "clouds", Recipe(size=(256, 128))), plain),
         ((out, tmp_path / "clouds", recipe), other),
     ]

@@ -8,6 +8,7 @@
 #include "fps.h"
 #include "group_max.h"
 #include "knn.h"
+#include "paint.h"
 #include "rasterize.h"
 
 #define REID3D_TEXT_(name) #name
@@ -26,7 +27,10 @@ constexpr PoolKernels<T> kPoolKernels = {kSlotKernels<T, uint8_t>, kSlotKernels<
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    REID3D_TEXT(REID3D_ISA), rasterize,         kPointKernels<float>,  kPointKernels<double>, kPoolKernels<float>,
-    kPoolKernels<double>,    kPoolKernels<Half>, kPoolKernels<BFloat16>};
+    REID3D_TEXT(REID3D_ISA), paint,
+    rasterize,               kPointKernels<float>,
+    kPointKernels<double>,   kPoolKernels<float>,
+    kPoolKernels<double>,    kPoolKernels<Half>,
+    kPoolKernels<BFloat16>};
 
 }  // namespace reid3d::REID3D_ISA

@@ -86,8 +86,55 @@ struct PoolKernels {
   const SlotKernels<T, int16_t>& of(int16_t) const { return shorts; }
 };
 
+// What a street with a person is made of, in the order of the columns of preprocess/synth/paint.py.
+struct Quad {
+  float x, z, dx, dz, width, bottom, top, kind, size, seed, before, colour[3], second[3];
+};
+struct Material {
+  float colour[3], second[3], pattern, scale, phase, rough;
+};
+struct Outfit {
+  float sleeve, hem, trouser, tail, crown, open, neck, boot, strap, seed;
+};
+struct View {
+  float up[3], light[3], distance, tall, column, row, rotation[9], x, z, ambient, sun, shadow, gain[3], noise, seed;
+  float sky[3], haze[3], ground, ground_scale, ground_seed, ground_colour[3], ground_second[3];
+};
+// Where a view has its person: a point (x, y, z) of the camera's frame falls on the pixel zoom * (x, y) / z + (x0, y0); the
+// camera stands that high above the ground.
+struct Frame {
+  float zoom, x0, y0, height;
+};
+constexpr int64_t kFields = 8;  // of a place on a body
+
+struct Scene {
+  int64_t bare, vertices, joints, face_count, parts, materials, quads;  // of each image; of the vertices the first are bare
+  const float *rest, *transforms;
+  const int64_t* joint;
+  const float *weight, *worn;
+  int64_t framed;
+  const int64_t* faces;
+  const int32_t* corners;  // the same for rasterize
+  const int64_t* part;
+  const float* fields;
+  const Outfit* outfit;
+  const int64_t* part_material;
+  const Material* material;
+  const Quad* quad;
+  const View* view;
+  const float *taps, *tone;
+};
+struct Picture {
+  uint8_t* image;
+  bool *mask, *seen, *shown;
+  float* depth;
+  Frame* frame;
+};
+
 struct Kernels {
   const char* isa;
+  // Image b of the scenes; `floats` and `faces` are scratch, see paint_scratch.
+  void (*paint)(const Scene& scene, int64_t b, int64_t height, float* floats, int64_t* faces, const Picture& picture);
   // One body; depth and face (height,width) hold +inf and -1. `corners`: see rasterize.h.
   void (*rasterize)(const float* points, const int32_t* corners, int64_t faces, int64_t height, int64_t width,
                     float* depth, int64_t* face);
@@ -107,6 +154,9 @@ struct Kernels {
 
 // The kernels of this processor.
 const Kernels& kernels();
+
+// Numbers of scratch for one call of paint; it takes as many faces as pixels, 64 to a row.
+inline int64_t paint_scratch(int64_t vertices, int64_t height) { return 9 * vertices + 6 * 64 * height; }
 
 // Bytes of scratch for one call of knn or knn_rows.
 inline int64_t knn_scratch(int64_t n, int64_t k) { return 16 * (n + k + 256); }

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "cloud.h"
+#include "corners.h"
 
 namespace reid3d {
 namespace {
@@ -13,17 +13,9 @@ std::tuple<Tensor, Tensor> rasterize(const Tensor& points_, const Tensor& faces_
   check_size(3 * V);
   Tensor depth = torch::stable::new_empty(points, {B, height, width});
   Tensor face = torch::stable::new_empty(points, {B, height, width}, ScalarType::Long);
-  const int64_t* corner = faces.const_data_ptr<int64_t>();
-  const int64_t stride = round_up(F, kLeaf);
-  const Scratch<int32_t> corners(3 * stride);
-  std::fill_n(corners.get(), 3 * stride, 0);
-  for (int64_t f = 0; f < F; ++f) {
-    for (int64_t k = 0; k < 3; ++k) {
-      const int64_t vertex = corner[3 * f + k];
-      STD_TORCH_CHECK(0 <= vertex && vertex < V, "faces must hold indices between 0 and ", V - 1, ", got ", vertex);
-      corners.get()[k * stride + f] = static_cast<int32_t>(3 * vertex);
-    }
-  }
+  check_indices(faces, 0, V, "faces");
+  const Scratch<int32_t> corners(3 * round_up(F, kLeaf));
+  fill_corners(faces, corners.get());
   const float* p = points.const_data_ptr<float>();
   float* z = depth.mutable_data_ptr<float>();
   int64_t* index = face.mutable_data_ptr<int64_t>();

@@ -1,3 +1,3 @@
-"""Synthetic pedestrians: people, renderer, and data sets in Market-1501's layout."""
+"""Synthetic pedestrians: people, streets, renderer, and worlds as data sets in Market-1501's layout."""
 
-from .market import synth as synth
+from .world import synth as synth

@@ -17,7 +17,9 @@ from tests.cube import CubeFitter
 @pytest.fixture(scope="module")
 def person(tmp_path_factory):
     """A synthetic crop."""
-    folder = synth(tmp_path_factory.mktemp("convert") / "people", ids=2, cams=2, images=2, seed=1, progress=False)
+    folder = synth(
+        tmp_path_factory.mktemp("convert") / "people", preset="easy", ids=2, cams=2, images=2, seed=1, progress=False
+    )
     return sorted(folder.glob("query/*.jpg"))[0]
 
 

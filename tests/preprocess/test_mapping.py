@@ -11,7 +11,7 @@ from reid3d.ops import rasterize
 from reid3d.preprocess.body import axis_angle_to_matrix, load_body, vertex_normals
 from reid3d.preprocess.camera import cut_window, project, unproject
 from reid3d.preprocess.mapping import DEPTH_TOLERANCE, MODES, background, map_crops, visible_vertices
-from reid3d.preprocess.synth.people import sample_people, sample_poses
+from reid3d.preprocess.synth.people import WALK, sample_people, sample_poses
 
 HEIGHT, WIDTH = 64, 32
 Scene = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -19,15 +19,14 @@ Scene = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 def people(count: int, lod: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The bodies of synthetic people as cameras see them, from all sides: verts, cam, faces."""
-    g = torch.Generator().manual_seed(seed)
-    body, walkers = load_body(lod), sample_people(count, g)
-    rotmats = sample_poses(
-        walkers, 2 * torch.pi * torch.rand(count, generator=g), torch.zeros(count, dtype=torch.bool), g
-    )
+    rng = np.random.default_rng(seed)
+    body, walkers = load_body(lod), sample_people(count, rng)
+    walk = sample_poses(walkers, rng.uniform(0, 2 * torch.pi, count), np.full(count, WALK), rng)
+    rotmats, betas = torch.from_numpy(walk).float(), torch.from_numpy(walkers.betas).float()
     yaw = torch.arange(count) * 2 * torch.pi / count + 0.3
     turn = axis_angle_to_matrix(torch.stack([0 * yaw, yaw, 0 * yaw], 1))
     rotmats[:, 0] = axis_angle_to_matrix(torch.tensor([torch.pi, 0, 0])) @ turn @ rotmats[:, 0]
-    verts = body(rotmats, walkers.betas).verts
+    verts = body(rotmats, betas).verts
     low, high = verts.amin(1), verts.amax(1)
     cam = torch.cat([1.84 / (high - low)[:, 1:2], -(low + high)[:, :2] / 2], 1)
     return verts, cam, body.faces

@@ -14,9 +14,10 @@ from reid3d.preprocess.body import JOINT_NAMES, Body, axis_angle_to_matrix, load
 from reid3d.preprocess.evidence import COCO, LAYOUTS, POINTS, load_evidence, load_keypoints, load_masks
 from reid3d.preprocess.fit import BodyFit, EmbeddedFitter, mirror
 from reid3d.preprocess.refine import Landmarks, Refiner, distance_transform, overbent, pose_prior, robust
-from reid3d.preprocess.synth.people import sample_people, sample_poses, uniform
-from reid3d.preprocess.synth.render import Renderer, Truth, sample_backgrounds, sample_views
+from reid3d.preprocess.synth.people import STAND, WALK, sample_people, sample_poses
+from reid3d.preprocess.synth.render import Renderer, Truth
 from reid3d.preprocess.train_fitter import HELD_OUT, project_joints
+from tests.plain import plain_scenes
 
 COUNT = 48
 NAMES = [f"query/{i:04d}_c1.jpg" for i in range(COUNT)]
@@ -27,10 +28,7 @@ LIMBS = [JOINT_NAMES.index(name) for name in COCO[5:]]
 
 @pytest.fixture(scope="module")
 def people() -> tuple[list[np.ndarray], Truth]:
-    g = torch.Generator().manual_seed(HELD_OUT + 20_000)
-    people = sample_people(COUNT, g)
-    poses = sample_poses(people, uniform(g, COUNT, 0, 2 * pi), uniform(g, COUNT) < 0.2, g)
-    images, truth = Renderer()(people, poses, sample_views(COUNT, g), sample_backgrounds(COUNT, 64, g), g)
+    images, truth = Renderer()(*plain_scenes(COUNT, np.random.default_rng(HELD_OUT + 20_000)))
     return list(images.numpy()), truth
 
 
@@ -127,11 +125,11 @@ def test_joints_bent_the_wrong_way() -> None:
 def test_prior_prefers_synthetic_poses() -> None:
     mean, whiten = pose_prior()
     assert mean.dtype == whiten.dtype == torch.float64
-    g = torch.Generator().manual_seed(1)
-    people = sample_people(64, g)
-    usual = sample_poses(people, uniform(g, 64, 0, 2 * pi), uniform(g, 64) < 0.2, g)
-    odd = axis_angle_to_matrix(torch.randn(64, 24, 3, generator=g) * 0.8)
-    square = [(((p[:, 1:, :, :2].flatten(1).double() - mean) @ whiten) ** 2).sum(1) for p in (usual, odd)]
+    rng = np.random.default_rng(1)
+    people, action = sample_people(64, rng), rng.choice([WALK, STAND], 64)
+    usual = torch.from_numpy(sample_poses(people, rng.uniform(0, 2 * pi, 64), action, rng))
+    odd = axis_angle_to_matrix(torch.from_numpy(rng.normal(0, 0.8, (64, 24, 3))))
+    square = [(((p[:, 1:, :, :2].flatten(1) - mean) @ whiten) ** 2).sum(1) for p in (usual, odd)]
     assert square[0].max() < square[1].min()
 
 
