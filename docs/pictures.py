@@ -3,10 +3,12 @@
     make demo && .venv/bin/python docs/pictures.py
 
 flow.png: a query of the demo, the body fitted to it, its cloud from three sides, and its best matches in the gallery.
-modes.png: the query's clouds in each mode. worst.png: the least confident of the demo's crops.
+modes.png: the query's clouds in each mode. worst.png: the least confident of the demo's crops. worlds.jpg: people of
+the synthetic worlds and what is known of them; it needs no demo: docs/pictures.py --worlds.
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from reid3d.ops import rasterize
 from reid3d.preprocess.body import vertex_normals
 from reid3d.preprocess.camera import project
 from reid3d.preprocess.fit import EmbeddedFitter
+from reid3d.preprocess.synth import synth
 from reid3d.retrieval.features import Features
 
 SCALE = 3  # picture pixels for a crop pixel
@@ -62,7 +65,11 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("build/demo"), help="folder of `make demo`")
     parser.add_argument("--query", type=int, default=38, help="which query to show")
     parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--worlds", action="store_true", help="draw worlds.jpg alone")
     args = parser.parse_args()
+    if args.worlds:
+        worlds().save(args.out / "worlds.jpg", quality=88)
+        return
 
     features = args.demo / "run" / "features"
     query, gallery = (Features.load(features / f"{k}.safetensors") for k in ("query", "gallery"))
@@ -89,6 +96,38 @@ def main() -> None:
     worst.crop((0, 0, worst.width, worst.height // 2)).convert("P", palette=Image.Palette.ADAPTIVE).save(
         args.out / "worst.png", optimize=True
     )
+
+
+def worlds() -> Image.Image:
+    """Eight people of the test of each preset, twice in each camera; below, the ground truth of the first crops."""
+    gap, sheets = 8, []
+    for preset in ("standard", "hard"):
+        with tempfile.TemporaryDirectory() as folder:
+            people = synth(folder, preset=preset, ids=24, progress=False)  # type: ignore[arg-type]
+            with np.load(people / "gt.npz") as truth:
+                rows = np.flatnonzero([not n.split("/")[1].startswith(("0000", "-1")) for n in truth["names"]])[
+                    12 * 18 :
+                ]
+                crops = np.stack([np.asarray(Image.open(people / n)) for n in truth["names"][rows]])
+                facts = {k: truth[k][rows] for k in ("seen", "joints2d")}
+        sheet = crops.reshape(12, 18, 128, 64, 3)[:8, [0, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17]]
+        sheets.append(sheet.transpose(0, 2, 1, 3, 4).reshape(8 * 128, 12 * 64, 3))
+    below = np.concatenate([marked(crops[i], facts["seen"][i], facts["joints2d"][i]) for i in range(24)], 1)
+    wide = sheets[0].shape[1]
+    picture = np.full((sheets[0].shape[0] + gap + 128, 2 * wide + gap, 3), 255, np.uint8)
+    picture[: sheets[0].shape[0], :wide], picture[: sheets[0].shape[0], wide + gap :] = sheets
+    picture[-128:, : below.shape[1]] = below[:, : picture.shape[1]]
+    return Image.fromarray(picture)
+
+
+def marked(crop: np.ndarray, seen: np.ndarray, joints: np.ndarray) -> np.ndarray:
+    """A crop with its person's pixels in colour and their joints as dots."""
+    mask = np.unpackbits(seen).reshape(128, 64, 1).astype(bool)
+    picture = Image.fromarray(np.where(mask, crop, crop // 3 + 150).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for x, y in joints * 64 + [32, 64]:
+        draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), fill=(255, 40, 40))
+    return np.asarray(picture)
 
 
 def modes(crop: Path) -> list[Panel]:

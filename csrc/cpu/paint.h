@@ -7,8 +7,8 @@
 #include <cmath>
 #include <limits>
 
-#include "rasterize.h"
 #include "kernels.h"
+#include "rasterize.h"
 
 namespace reid3d::REID3D_ISA {
 
@@ -25,7 +25,8 @@ inline float cell(float x, float y, uint32_t seed) {
 }
 inline float fraction(float x) { return x - std::floor(x); }
 inline float magnitude(float x) { return x < 0 ? -x : x; }
-inline float between(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+// Not a number is low.
+inline float between(float x, float low, float high) { return x > low ? (x < high ? x : high) : low; }
 inline float mixed(float a, float b, float t) { return a + (b - a) * t; }
 
 // Value noise in [0,1): random at whole x and y, smooth between.
@@ -359,8 +360,8 @@ inline float pattern_at(const Material& m, float x, float y, float z) {
   }
 }
 
-// Draw the person over what is painted: the pixels whose face is not -1. They are gathered by the hundred, so that the
-// arithmetic is done for many at a time.
+// Draw the person over what is painted: the pixels whose face is not -1. They are gathered first, so that the arithmetic
+// is done for many at a time.
 class Dresser {
   static constexpr int64_t kMost = 64;
   using Column = float[kMost];
@@ -434,8 +435,8 @@ class Dresser {
       weave[i] = noise(x * 90 + z * 60, y * 90, 7) - 0.5f;
     }
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t which = part_[i] < 0 ? region_at(place[0][i], place[1][i], place[2][i], place[3][i], place[4][i],
-                                                     place[5][i], place[6][i], place[7][i], outfit)
+      const int64_t which = part_[i] < 0 ? static_cast<int64_t>(region_at(place[0][i], place[1][i], place[2][i], place[3][i], place[4][i],
+                                                     place[5][i], place[6][i], place[7][i], outfit))
                                          : parts_[part_[i]];
       const Material& m = materials_[which];
       const float bright = light[i] * (1 + m.rough * (folds[i] * 0.28f + weave[i] * 0.12f));

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import painter  # noqa: F401 (the reference, where no kernel was built)
 from .paint import BOTTOM, MATERIAL, TAPS, TOP, VIEW, WIDTH, Scene, pack, paint
 from .people import CARRY, CYCLE, PHONE, STAND, WALK, People, rotations, sample_people, sample_poses
 from .street import COLUMN, Shots, Streets, sample_shots, sample_streets

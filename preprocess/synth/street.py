@@ -253,7 +253,7 @@ def sample_shots(n: int, rng: np.random.Generator) -> Shots:
         x=far * np.sin(bearing),
         z=far * np.cos(bearing),
         heading=rng.uniform(-pi, pi, n),
-        height=0.92 + far * np.tan(steep),
+        height=(0.92 + far * np.tan(steep)).clip(0.25),
         roll=rng.normal(0, 0.035, n),
         fill=np.where(cut, fill * rng.uniform(1.0, 1.25, n), fill),
         shift=shift,
