@@ -1,6 +1,7 @@
 """Every published figure says where it was measured; `reid3d bench` measures in turn and shows what it lost."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from reid3d import bench, cli, ops
 from reid3d.bench import kernels, table, timing
 from reid3d.bench.timing import Case, Contender
 from reid3d.ops import farthest_point_sample, knn, pyg
+from reid3d.preprocess.synth.world import FORMAT, PRESETS
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 FILES = sorted(RESULTS.glob("kernels-*.json"))
@@ -68,6 +70,23 @@ def test_published_figures_of_conversion():
     for size in ((128, 64), (256, 128)):
         assert by_size[size]["paper"]["wrong"] <= 0.005 < by_size[size]["official"]["wrong"]
     assert sum(row["crops"] for row in data["confidence"]["by_confidence"]) == data["confidence"]["crops"]
+
+
+def test_published_figures_of_worlds():
+    data = json.loads((RESULTS / "synth-cpu.json").read_text())
+    check_origin(data)
+    assert data["suite"] == "synth" and data["speed"]["crops"] == 12240
+    assert len(data["speed"]["crops_a_second"]["2"]["all"]) >= 3
+    standard, hard = data["worlds"]["standard"], data["worlds"]["hard"]
+    assert data["speed"]["sha256"] == standard["sha256"] != hard["sha256"]
+    for name, world in (("standard", standard), ("hard", hard)):
+        assert {k: world[k] for k in asdict(PRESETS[name])} == asdict(PRESETS[name])
+        assert world["format"] == FORMAT and (world["world"], world["seed"]) == ("A", 0)
+    # It is difficult, as the docs say.
+    assert standard["colours_of_the_crop"]["rank1"] < 0.2 and standard["colours_of_the_person"]["rank1"] < 0.2
+    assert standard["ognet_small"]["rank1"] > 0.6
+    for kind in ("colours_of_the_crop", "colours_of_the_person", "ognet_small"):
+        assert hard[kind]["rank1"] <= standard[kind]["rank1"] / 2
 
 
 def test_a_short_run(device, capsys, tmp_path, monkeypatch):

@@ -388,10 +388,10 @@ class TestConfig:
             read_config(None, ["--data", "d"])
 
     def test_unknown_recipe(self):
-        with pytest.raises(ValueError, match="one of demo, ognet_deep_market, ognet_market, ognet_small_market"):
+        with pytest.raises(ValueError, match="one of demo, ognet_deep_market, ognet_market, ognet_small_market, synth"):
             recipe_path("demonstration")
 
-    @pytest.mark.parametrize("name", ["demo", "ognet_deep_market", "ognet_market", "ognet_small_market"])
+    @pytest.mark.parametrize("name", ["demo", "ognet_deep_market", "ognet_market", "ognet_small_market", "synth"])
     def test_packaged_recipes(self, name):
         assert name in recipes()
         read = read_config(name, ["--data", "d", "--out", "o"])

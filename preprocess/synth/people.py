@@ -28,8 +28,6 @@ class People:
 
     # the person
     betas: np.ndarray  # (n,10)
-    skin: np.ndarray  # (n,3)
-    hair: np.ndarray  # (n,3)
     hairdo: np.ndarray  # (n,) index of HAIRDOS
     crown: np.ndarray  # (n,) where the hair begins above the head joint; 1 for bald
     tail: np.ndarray  # (n,) how far the hair reaches below it, 0 for short
@@ -134,8 +132,6 @@ def sample_people(n: int, rng: np.random.Generator) -> People:
     hat = choice([0.84, 0.07, 0.03, 0.06])
     return People(
         betas=rng.normal(0, 1, (n, 10)).clip(-2.5, 2.5),
-        skin=skin,
-        hair=hair,
         hairdo=hairdo,
         crown=np.where(chance(0.05), 1.0, uniform(0.09, 0.13)),
         tail=np.where((hairdo == 0) & chance(0.35) | (hairdo == 3), uniform(0.04, 0.28), 0.0),

@@ -1,6 +1,6 @@
 """Renders synthetic people in streets as surveillance crops, with the exact truth beside each."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import pi
 
 import numpy as np
@@ -30,9 +30,6 @@ class Truth:
     seen: Tensor  # (n,H,W) bool: where the crop shows them
     depth: Tensor  # (n,H,W) float32: how far behind the body's origin the mask lies, metres; 0 elsewhere
     vertices: Tensor  # (n,V) bool: vertices of the low body of which a face is seen
-
-    def __getitem__(self, index: Tensor) -> "Truth":
-        return Truth(*(getattr(self, f.name)[index] for f in fields(self)))
 
 
 def half_kernel(sigma: np.ndarray) -> np.ndarray:

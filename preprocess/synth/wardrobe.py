@@ -174,7 +174,7 @@ class Wardrobe:
         action: np.ndarray,
         up: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Bags, hats, loads and cycles: vertices (n,PIECES*140,3) and materials (n,PIECES)."""
+        """Bags, hats, loads and cycles: vertices (n,PIECES*120,3) and materials (n,PIECES)."""
         n = len(people)
         centre, half = np.zeros((n, PIECES, 3)), np.zeros((n, PIECES, 3))
         frame, ring, power = np.zeros((n, PIECES, 3, 3)), np.zeros((n, PIECES)), np.ones((n, PIECES))
@@ -197,7 +197,7 @@ class Wardrobe:
             0,
             people.bag == 1,
             9,
-            np.stack([zero, zero + 0.0, girth.back - 0.7 * deep], 1),
+            np.stack([zero, zero, girth.back - 0.7 * deep], 1),
             np.stack([0.14 * people.bag_size, 0.2 * people.bag_size, deep], 1),
             BAG,
             0.5,
@@ -258,11 +258,10 @@ class Wardrobe:
                 (8, (0, ground + 0.75, 0.52), (0.022, 0.36, 0.022), 0),
                 (9, (0, -0.08, -0.05), (0.08, 0.03, 0.13), 0),
             ):  # fmt: skip
-                where = riding
-                centre[where, k] = joints[where, 0] + np.einsum("nij,j->ni", upright[where], np.array(at))
-                half[where, k], ring[where, k], material[where, k] = size, wheel, DARK if wheel else BIKE
-                lying = upright[where][:, :, [1, 0, 2]] if wheel else upright[where]  # a wheel's axle is sideways
-                frame[where, k] = lying * (np.array([1.0, -1.0, 1.0]) if wheel else 1.0)
+                centre[riding, k] = joints[riding, 0] + np.einsum("nij,j->ni", upright[riding], np.array(at))
+                half[riding, k], ring[riding, k], material[riding, k] = size, wheel, DARK if wheel else BIKE
+                lying = upright[riding][:, :, [1, 0, 2]] if wheel else upright[riding]  # a wheel's axle is sideways
+                frame[riding, k] = lying * (np.array([1.0, -1.0, 1.0]) if wheel else 1.0)
 
         on = half.any(-1)
         h, r, e = half[on], ring[on][:, None], power[on][:, None]

@@ -159,7 +159,7 @@ def sample_cameras(world: World, rng: np.random.Generator) -> Cameras:
 class Town:
     """A world that can be filmed: its people, their cameras, and when each passes which.
 
-    Everything random follows from (seed, name of the world) and, for a person, their number.
+    Everything random follows from (seed, name of the world) and the numbers of the people who are filmed together.
     """
 
     def __init__(self, world: World, name: str, seed: int) -> None:
