@@ -100,15 +100,15 @@ struct View {
   float up[3], light[3], distance, tall, column, row, rotation[9], x, z, ambient, sun, shadow, gain[3], noise, seed;
   float sky[3], haze[3], ground, ground_scale, ground_seed, ground_colour[3], ground_second[3];
 };
-// Where a view has its person: a point (x, y, z) of the camera's frame falls on the pixel zoom * (x, y) / z + (x0, y0); the
-// camera stands that high above the ground.
+// Where a view has its person: a point (x, y, z) of the camera's frame falls on the pixel zoom * (x, y) / z + (x0, y0);
+// the camera stands that high above the ground.
 struct Frame {
   float zoom, x0, y0, height;
 };
 constexpr int64_t kFields = 8;  // of a place on a body
 
 struct Scene {
-  int64_t bare, vertices, joints, face_count, parts, materials, quads;  // of each image; of the vertices the first are bare
+  int64_t bare, vertices, joints, face_count, parts, materials, quads;  // of each image; the first vertices are bare
   const float *rest, *transforms;
   const int64_t* joint;
   const float *weight, *worn;
@@ -156,7 +156,7 @@ struct Kernels {
 const Kernels& kernels();
 
 // Numbers of scratch for one call of paint; it takes as many faces as pixels, 64 to a row.
-inline int64_t paint_scratch(int64_t vertices, int64_t height) { return 9 * vertices + 6 * 64 * height; }
+inline int64_t paint_scratch(int64_t vertices, int64_t height) { return 9 * vertices + 5 * 64 * height; }
 
 // Bytes of scratch for one call of knn or knn_rows.
 inline int64_t knn_scratch(int64_t n, int64_t k) { return 16 * (n + k + 256); }

@@ -1,6 +1,6 @@
-// Streets with a person, a crop at a time. Contract and meaning of every number: preprocess/synth/paint.py. Nothing here
-// but sums, products, quotients, floors and comparisons, each rounded as it is written, so that every machine paints the
-// same bytes.
+// Streets with a person, a crop at a time. Contract and meaning of every number: preprocess/synth/paint.py. Nothing
+// here but sums, products, quotients, roots, floors and comparisons, each rounded as it is written, so that every machine
+// paints the same bytes.
 #pragma once
 
 #include <algorithm>
@@ -33,8 +33,8 @@ inline float mixed(float a, float b, float t) { return a + (b - a) * t; }
 inline float noise(float x, float y, uint32_t seed) {
   const float i = std::floor(x), j = std::floor(y), u = x - i, v = y - j;
   const float s = u * u * (3 - 2 * u), t = v * v * (3 - 2 * v);
-  return mixed(mixed(cell(i, j, seed), cell(i + 1, j, seed), s), mixed(cell(i, j + 1, seed), cell(i + 1, j + 1, seed), s),
-               t);
+  const float above = mixed(cell(i, j, seed), cell(i + 1, j, seed), s);
+  return mixed(above, mixed(cell(i, j + 1, seed), cell(i + 1, j + 1, seed), s), t);
 }
 
 // A row of numbers that the loops below fill a pixel at a time.
@@ -83,8 +83,10 @@ inline void texel(const Quad& q, float s, float h, uint32_t seed, float& second,
     const bool torso = (side < wide - shoulder) & (v > 0.47f) & (v < 0.87f);
     const bool arm = (side >= wide) & (side < wide + 0.036f - shoulder) & (v > 0.44f) & (v < 0.83f);
     const bool legs = (leg < 0) & (v <= 0.48f);
-    second = head < 1 ? (v > 0.945f ? 3.0f : 2.0f) : arm & (v < 0.485f) ? 2.0f : torso | arm ? 0.0f : v < 0.035f ? 3.0f : 1.0f;
-    light = (0.8f + 0.3f * noise(s * 8, h * 5, seed)) * (arm ? 0.85f : 1.1f - 30 * side * side) * (x < 0 ? 0.92f : 1.05f);
+    const float clothes = torso | arm ? 0.0f : v < 0.035f ? 3.0f : 1.0f;
+    second = head < 1 ? (v > 0.945f ? 3.0f : 2.0f) : arm & (v < 0.485f) ? 2.0f : clothes;
+    const float round = arm ? 0.85f : 1.1f - 30 * side * side;
+    light = (0.8f + 0.3f * noise(s * 8, h * 5, seed)) * round * (x < 0 ? 0.92f : 1.05f);
     opaque = (head < 1) | torso | arm | legs ? 1.0f : 0.0f;
   } else if (kind == kCar) {
     const float x = s / q.width, wheel = (h - 0.31f) * (h - 0.31f);
@@ -172,14 +174,16 @@ class Painter {
       }
       for (int64_t k = 0; k < count; ++k) any |= inside[k];
       if (!any) continue;
-      for (int64_t k = 0; k < count; ++k) texel<kind>(q, x[left + k], y[left + k], seed, second[k], light[k], opaque[k]);
+      for (int64_t k = 0; k < count; ++k)
+        texel<kind>(q, x[left + k], y[left + k], seed, second[k], light[k], opaque[k]);
       for (int64_t k = 0; k < count; ++k) opaque[k] = inside[k] ? opaque[k] : 0.0f;
       for (int c = 0; c < 3; ++c) {
         float* out = planes_[c] + row * kRow + left;
         const float one = q.colour[c], other = q.second[c];
         for (int64_t k = 0; k < count; ++k) {
           float colour = mixed(one, other, second[k] > 1 ? 1.0f : second[k]);
-          if (kind == kFigure || kind == kCar) colour = second[k] > 2.5f ? dark[c] : second[k] > 1.5f ? skin[c] : colour;
+          if (kind == kFigure || kind == kCar)
+            colour = second[k] > 2.5f ? dark[c] : second[k] > 1.5f ? skin[c] : colour;
           out[k] = opaque[k] > 0.5f ? colour * light[k] : out[k];
         }
       }
@@ -225,7 +229,10 @@ class Painter {
 
  public:
   Painter(const View& view, const Frame& frame, int64_t height, float* planes)
-      : view_(view), frame_(frame), height_(height), planes_{planes, planes + height * kRow, planes + 2 * height * kRow} {}
+      : view_(view),
+        frame_(frame),
+        height_(height),
+        planes_{planes, planes + height * kRow, planes + 2 * height * kRow} {}
 
   void ground(const int64_t* shadow) const {
     for (int64_t row = 0; row < height_; ++row) ground_row(row);
@@ -341,7 +348,8 @@ inline Region region_at(float x, float y, float z, float along_arm, float along_
 
 // How much of the second colour a material has at a place.
 inline float pattern_at(const Material& m, float x, float y, float z) {
-  const float duty = 0.25f + 0.4f * m.phase, across = fraction(x * m.scale + m.phase), down = fraction(y * m.scale + m.phase);
+  const float duty = 0.25f + 0.4f * m.phase;
+  const float across = fraction(x * m.scale + m.phase), down = fraction(y * m.scale + m.phase);
   const bool wide = magnitude(x) < m.scale, chest = y < -0.2f && y > -0.45f;
   switch (static_cast<int>(m.pattern)) {
     case 1: return down < duty ? 1.0f : 0.0f;                                      // stripes
@@ -360,8 +368,8 @@ inline float pattern_at(const Material& m, float x, float y, float z) {
   }
 }
 
-// Draw the person over what is painted: the pixels whose face is not -1. They are gathered first, so that the arithmetic
-// is done for many at a time.
+// Draw the person over what is painted: the pixels whose face is not -1. They are gathered first, so that the
+// arithmetic is done for many at a time.
 class Dresser {
   static constexpr int64_t kMost = 64;
   using Column = float[kMost];
@@ -435,9 +443,11 @@ class Dresser {
       weave[i] = noise(x * 90 + z * 60, y * 90, 7) - 0.5f;
     }
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t which = part_[i] < 0 ? static_cast<int64_t>(region_at(place[0][i], place[1][i], place[2][i], place[3][i], place[4][i],
-                                                     place[5][i], place[6][i], place[7][i], outfit))
-                                         : parts_[part_[i]];
+      const auto body = [&] {
+        return region_at(place[0][i], place[1][i], place[2][i], place[3][i], place[4][i], place[5][i], place[6][i],
+                         place[7][i], outfit);
+      };
+      const int64_t which = part_[i] < 0 ? static_cast<int64_t>(body()) : parts_[part_[i]];
       const Material& m = materials_[which];
       const float bright = light[i] * (1 + m.rough * (folds[i] * 0.28f + weave[i] * 0.12f));
       const float share = pattern_at(m, place[0][i], place[1][i], place[2][i]);
@@ -505,7 +515,7 @@ inline void paint(const Scene& s, int64_t b, int64_t height, float* floats, int6
   const int64_t pixels = height * kRow;
   const View& view = s.view[b];
   float *verts = floats, *points = verts + 3 * s.vertices, *laid = points + 3 * s.vertices;
-  float *planes = laid + 3 * s.vertices, *copy = planes + 3 * pixels, *depth = planes + 5 * pixels;
+  float *planes = laid + 3 * s.vertices, *copy = planes + 3 * pixels, *depth = planes + 4 * pixels;
   const Frame frame = *picture.frame = stage(s, b, verts, points, laid);
   const auto draw = [&](const float* mesh) {
     std::fill_n(depth, pixels, std::numeric_limits<float>::infinity());
