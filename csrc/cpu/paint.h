@@ -1,6 +1,6 @@
 // Streets with a person, a crop at a time. Contract and meaning of every number: preprocess/synth/paint.py. Nothing
-// here but sums, products, quotients, roots, floors and comparisons, each rounded as it is written, so that every machine
-// paints the same bytes.
+// here but sums, products, quotients, roots, floors and comparisons, each rounded as it is written, so that every
+// machine paints the same bytes.
 #pragma once
 
 #include <algorithm>
