@@ -95,7 +95,7 @@ def figures(query: Features, gallery: Features) -> dict[str, float]:
 def learned(preset: str, folder: Path) -> dict[str, Any]:
     """Train the recipe `synth` on the clouds of a world, or go on, and search the people it has not seen."""
     clouds, run = folder / f"clouds_{preset}", folder / f"run_{preset}"
-    convert_folder(folder / f"people_{preset}", clouds, Recipe(), workers=2)
+    convert_folder(folder / preset, clouds, Recipe(), workers=2)
     train(read_config("synth", ["--data", str(clouds), "--out", str(run)]))
     model, dataset = reid3d.create_model(weights=run / "model.safetensors"), reid3d.open_dataset(clouds)
     found = figures(reid3d.extract(model, dataset.query), reid3d.extract(model, dataset.gallery))
@@ -115,7 +115,7 @@ def main() -> None:
     started = time.perf_counter()
     found: dict[str, Any] = {"suite": "synth", "speed": speed(args.folder, args.runs), "worlds": {}}
     for preset in args.presets:
-        people = synth(args.folder / f"people_{preset}", preset=preset)  # type: ignore[arg-type]
+        people = synth(args.folder / preset, preset=preset)  # type: ignore[arg-type]
         found["worlds"][preset] = {
             **json.loads((people / "synth.json").read_text()),
             "colours_of_the_crop": by_colour(people, False, 1),
