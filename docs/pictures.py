@@ -63,7 +63,7 @@ def splat(cloud: PointCloud, yaw: float) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("build/demo"), help="folder of `make demo`")
-    parser.add_argument("--query", type=int, default=38, help="which query to show")
+    parser.add_argument("--query", type=int, default=24, help="which query to show")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--worlds", action="store_true", help="draw worlds.jpg alone")
     args = parser.parse_args()
