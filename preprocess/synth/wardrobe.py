@@ -46,8 +46,7 @@ class Wardrobe:
     """
 
     def __init__(self) -> None:
-        self.body: Body = load_body("low")
-        self.exact = deepcopy(self.body).double()
+        self.exact: Body = deepcopy(load_body("low")).double()
         # In double precision and then rounded, sums are the same on every machine.
         body = self.exact
         verts, joints, weights = body.v_template, body.j_template, body.weights

@@ -162,7 +162,8 @@ def extract(
 
 
 def _made_by(model: nn.Module, points: int | None, scales: Sequence[float]) -> str:
-    digest = hashlib.sha256(json.dumps([points, *map(float, scales)]).encode())
+    background = getattr(model, "background", True)
+    digest = hashlib.sha256(json.dumps([points, background, *map(float, scales)]).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())

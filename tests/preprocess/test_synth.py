@@ -313,7 +313,12 @@ def test_layout_is_that_of_market(small: Path) -> None:
     assert pids["query"] == {"0004": 2, "0005": 2, "0006": 2}  # one for each camera
     test = pids["bounding_box_test"]
     assert {p: test[p] for p in ("0004", "0005", "0006")} == {"0004": 4, "0005": 4, "0006": 4}
-    assert test["0000"] > 0 and test["-1"] > 0 or note(small)["junk"] * 2 < 0.5
+    assert set(test) == {"0004", "0005", "0006"}  # a fifth of two people's boxes is nobody's
+    town = Town(World(ids=60, cams=4, images=4, distractors=0.2, junk=0.3), "A", 0)
+    assert Counter(town.pids.tolist())[0] == round(0.2 * 22.5) and Counter(town.pids.tolist())[-1] == round(0.3 * 22.5)
+    folders, names = town.names(np.array([60, len(town.pids) - 1]), town.plan(np.array([60, len(town.pids) - 1])))
+    assert set(folders) == {"bounding_box_test"} and {n.split("_")[0] for n in names} == {"0000", "-1"}
+    assert all(NAME.fullmatch(n) for n in names) and len(set(names)) == 2 * 4 * 4
     assert all(Image.open(p).size == (64, 128) for p in (small / "query").iterdir())
 
 

@@ -167,6 +167,9 @@ def test_made_by_is_that_of_weights_points_and_scales(dataset):
     assert same and made_by(dataset.gallery, batch=1) == same
     assert len({same, made_by(points=100), made_by(weight=2.0), made_by(scales=[1.0])}) == 4
     assert some(made_by="").made_by == ""
+    model = Moments()
+    model.background = False
+    assert extract(model, dataset.query, progress=False).made_by != made_by()
 
 
 def test_extract_follows_the_device(dataset, device):
