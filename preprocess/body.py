@@ -2,7 +2,7 @@
 
 The embedded body (assets/bake.py tells how it was made) has SMPL's 24 joints, kinematic tree, T-pose, axes (y up,
 facing +z, left = +x) and ten unit-variance betas; it has no pose correctives. Pose vectors made for SMPL drive it,
-betas do not carry over.
+betas do not carry over. Five more betas are clothes: how far they stand off the body, see CLOTHES.
 """
 
 from functools import cache
@@ -16,6 +16,15 @@ from torch import Tensor, nn
 
 NUM_JOINTS = 24
 NUM_BETAS = 10
+# What the betas of the embedded body after the tenth dress, each the share of the skin that these joints move.
+CLOTHES = {
+    "trunk": ("pelvis", "spine1", "spine2", "spine3", "left_collar", "right_collar"),
+    "arms": ("left_shoulder", "right_shoulder", "left_elbow", "right_elbow"),
+    "thighs": ("left_hip", "right_hip"),
+    "shins": ("left_knee", "right_knee"),
+    "head": ("head",),
+}
+THICKNESS = 0.02  # metres per beta of clothes
 JOINT_NAMES = (
     "pelvis", "left_hip", "right_hip", "spine1", "left_knee", "right_knee", "spine2", "left_ankle", "right_ankle",
     "spine3", "left_foot", "right_foot", "neck", "left_collar", "right_collar", "head", "left_shoulder",
@@ -34,10 +43,11 @@ class Posed(NamedTuple):
 class Body(nn.Module):
     """Linear blend skinning of an SMPL-format body.
 
-    Buffers: v_template (V,3) metres; shapedirs (V,3,10) metres per unit beta; faces (F,3) int64, counter-clockwise seen
-    from outside; weights (V,24), rows summing to 1; regressor (24,V), rows summing to 1; posedirs (V,3,207) metres per
-    entry of the rotation matrices of joints 1 to 23 less the identity, or None. `parents` is SMPL's tree. `name` tells
-    whose betas these are: "embedded-full", "embedded-low", "smpl-" and the beginning of the file's SHA-256, or "".
+    Buffers: v_template (V,3) metres; shapedirs (V,3,num_betas) metres per unit beta, the ten of the person first and
+    then those of the clothes, if any; faces (F,3) int64, counter-clockwise seen from outside; weights (V,24), rows
+    summing to 1; regressor (24,V), rows summing to 1; posedirs (V,3,207) metres per entry of the rotation matrices of
+    joints 1 to 23 less the identity, or None. `parents` is SMPL's tree. `name` tells whose betas these are:
+    "embedded-full", "embedded-low", "smpl-" and the beginning of the file's SHA-256, or "".
 
     Source: Loper et al., "SMPL: A Skinned Multi-Person Linear Model", 2015, equations 1-4 and 9.
     """
@@ -59,7 +69,9 @@ class Body(nn.Module):
         parents: list[int],
         posedirs: Tensor | None = None,
         name: str = "",
+        clothes: Tensor | None = None,
     ) -> None:
+        """clothes: (V,3,C) metres per unit beta, shapedirs that move no joint."""
         super().__init__()
         self.name = name
         self.register_buffer("posedirs", posedirs if posedirs is None else posedirs.float(), persistent=False)
@@ -76,14 +88,25 @@ class Body(nn.Module):
         # whatever the number of threads.
         joints, shapes = (torch.tensordot(regressor.double(), x.double(), 1) for x in (v_template, shapedirs))
         self.register_buffer("j_template", joints.float(), persistent=False)
+        if clothes is not None:
+            self.shapedirs = torch.cat([self.shapedirs, clothes.float()], 2)
+            shapes = torch.cat([shapes, shapes.new_zeros(*shapes.shape[:2], clothes.shape[2])], 2)
         self.register_buffer("j_shapedirs", shapes.float(), persistent=False)
 
     j_template: Tensor
     j_shapedirs: Tensor
 
+    @property
+    def num_betas(self) -> int:
+        return self.shapedirs.shape[2]
+
+    def all_betas(self, betas: Tensor) -> Tensor:
+        """Betas (B,num_betas) of (B,10) or more: those that are not given are 0."""
+        return F.pad(betas, (0, self.num_betas - betas.shape[1]))
+
     def joints(self, rotmats: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
         """World rotations (B,24,3,3) and positions (B,24,3) of the joints: forward kinematics alone, no vertices."""
-        rest = self.j_template + torch.einsum("jck,bk->bjc", self.j_shapedirs, betas)
+        rest = self._rest_joints(betas)
         rotation, position = [rotmats[:, 0]], [rest[:, 0]]
         for j in range(1, NUM_JOINTS):
             p = self.parents[j]
@@ -92,12 +115,16 @@ class Body(nn.Module):
             rotation.append(rotation[p] @ rotmats[:, j])
         return torch.stack(rotation, 1), torch.stack(position, 1)
 
+    def _rest_joints(self, betas: Tensor) -> Tensor:
+        person = betas[:, :NUM_BETAS]  # clothes move no joint
+        return self.j_template + torch.einsum("jck,bk->bjc", self.j_shapedirs[..., :NUM_BETAS], person)
+
     def forward(self, rotmats: Tensor, betas: Tensor, offsets: Tensor | None = None) -> Posed:
         """Pose the body.
 
         Args:
             rotmats: (B,24,3,3) rotation of each joint relative to its parent; joint 0 turns the whole body.
-            betas: (B,10) shape coefficients.
+            betas: (B,10) shape coefficients of the person, or (B,num_betas) with those of the clothes.
             offsets: (B,V,3) metres added to the rest mesh before skinning (clothes), or None.
 
         Raises:
@@ -105,13 +132,16 @@ class Body(nn.Module):
         """
         if rotmats.shape[1:] != (NUM_JOINTS, 3, 3):
             raise ValueError(f"rotmats must be (B, 24, 3, 3), got {tuple(rotmats.shape)}")
-        if betas.shape != (len(rotmats), NUM_BETAS):
-            raise ValueError(f"betas must be ({len(rotmats)}, 10) like rotmats, got {tuple(betas.shape)}")
-        rest = self.j_template + torch.einsum("jck,bk->bjc", self.j_shapedirs, betas)
+        if betas.ndim != 2 or len(betas) != len(rotmats) or betas.shape[1] not in (NUM_BETAS, self.num_betas):
+            wanted = f"({len(rotmats)}, {NUM_BETAS})"
+            wanted += "" if self.num_betas == NUM_BETAS else f" or ({len(rotmats)}, {self.num_betas})"
+            raise ValueError(f"betas must be {wanted} like rotmats, got {tuple(betas.shape)}")
+        rest = self._rest_joints(betas)
         rotation, joints = self.joints(rotmats, betas)
         translation = joints - torch.einsum("bjik,bjk->bji", rotation, rest)
         transforms = torch.cat([rotation, translation[..., None]], -1).flatten(2)  # (B,24,12)
-        verts = self.v_template + (betas @ self.shapedirs.flatten(0, 1).T).unflatten(1, (-1, 3))
+        dirs = self.shapedirs[..., : betas.shape[1]].flatten(0, 1)
+        verts = self.v_template + (betas @ dirs.T).unflatten(1, (-1, 3))
         if self.posedirs is not None:
             bent = rotmats[:, 1:] - torch.eye(3, dtype=rotmats.dtype, device=rotmats.device)
             verts = verts + (bent.flatten(1) @ self.posedirs.flatten(0, 1).T).unflatten(1, (-1, 3))
@@ -141,15 +171,29 @@ def load_body(lod: str = "full") -> Body:
     weights.scatter_add_(1, asset["weights_joint"], asset["weights_value"])
     regressor = torch.zeros(NUM_JOINTS, count, dtype=torch.float64)
     regressor[asset["regressor_joint"], asset["regressor_vertex"]] = asset["regressor_value"]
+    weights /= weights.sum(1, keepdim=True)  # stored as float16
+    normals = vertex_normals(asset["v_template"][None], asset["f"])[0]
+    shares = [weights[:, [JOINT_NAMES.index(name) for name in joints]].sum(1) for joints in CLOTHES.values()]
     return Body(
         asset["v_template"],
         asset["shapedirs"],
         asset["f"],
-        weights / weights.sum(1, keepdim=True),  # stored as float16
+        weights,
         regressor,
         asset["parents"].tolist(),
         name=f"embedded-{lod}",
+        clothes=THICKNESS * torch.stack([share[:, None] * normals for share in shares], 2),
     )
+
+
+def some_vertices(body: Body, vertices: Tensor) -> Body:
+    """The body with some of its vertices, no faces, and all joints where they were."""
+    none = body.regressor.new_zeros(NUM_JOINTS, len(vertices))
+    correctives = None if body.posedirs is None else body.posedirs[vertices]
+    of_vertices = (body.v_template[vertices], body.shapedirs[vertices], body.faces[:0], body.weights[vertices])
+    part = Body(*of_vertices, none, body.parents, correctives, body.name)
+    part.j_template, part.j_shapedirs = body.j_template.clone(), body.j_shapedirs.clone()
+    return part
 
 
 def vertex_normals(verts: Tensor, faces: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class Converted(NamedTuple):
     fit: str
     quality: dict[str, float]
     pose: np.ndarray | None  # (24,3)
-    betas: np.ndarray | None  # (10,)
+    betas: np.ndarray | None  # (K,) of the fitter's body
 
 
 class Group(NamedTuple):
@@ -183,7 +183,7 @@ class Converter:
             pixels = project(fit.verts, fit.cam, height, width, aspect)[..., :2]
             inside = ((pixels >= 0) & (pixels < pixels.new_tensor([width, height]))).all(2).float().mean(1).tolist()
             poses = None if fit.rotmats is None else matrix_to_axis_angle(fit.rotmats).cpu().numpy()
-            betas = None if fit.betas is None else fit.betas.cpu().numpy()
+            betas = None if fit.betas is None else self.fitter.body.all_betas(fit.betas).cpu().numpy()
             for k, (i, cloud) in enumerate(zip(which, clouds, strict=True)):
                 vertices = cloud.vertex[cloud.vertex >= 0]
                 visible = len(np.unique(vertices) if self.recipe.mode == "surface" else vertices) / fit.verts.shape[1]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from reid3d.ops import farthest_point_sample, knn, rasterize
 
-from .body import JOINT_NAMES, NUM_JOINTS, Body, axis_angle_to_matrix, rotation_6d_to_matrix
+from .body import JOINT_NAMES, NUM_BETAS, NUM_JOINTS, Body, axis_angle_to_matrix, rotation_6d_to_matrix, some_vertices
 from .camera import check_crops
 from .evidence import POINTS, Keypoints, Masks
 from .fit import BodyFit, mirror
@@ -46,13 +46,14 @@ ROOT_TURN, TURN = 0.4, 0.6  # from the fit that is refined
 PRIOR_FLOOR = 0.2  # of the 6-D rotations in any direction, as people do more than walk and stand
 BENT = 0.1  # the wrong way
 SHAPE, CLOTHED_SHAPE = 1.0, 4.0  # of the betas; a silhouette shows clothes too, which only they can fill
+CLOTHES_CHANGE = 1.0  # of the betas of clothes
 OUTLIER = 0.3  # half crop heights where the robust loss flattens, all but none while the camera is sought
 FIRST_OUTLIER = 1.0
 RATES = {"root": 0.04, "pose": 0.03, "betas": 0.15, "place": 0.015}  # of Adam
 
 
 class Posed(NamedTuple):
-    """What is optimised of n bodies: root (n,1,3,2) and pose (n,23,3,2) as 6-D rotations, betas (n,10), place (n,3):
+    """What is optimised of n bodies: root (n,1,3,2) and pose (n,23,3,2) as 6-D rotations, betas (n,K), place (n,3):
     logarithm of the camera's scale, and where the pelvis is, x, y in half crop heights from the crop's centre."""
 
     root: Tensor
@@ -109,7 +110,7 @@ class Refiner:
         self.body, self.keypoints, self.masks, self.steps = body, keypoints, masks, steps
         self.landmarks = Landmarks(body)
         count = min(VERTICES, len(body.v_template))
-        self.coarse = _part(body, farthest_point_sample(body.v_template[None], count)[0])
+        self.coarse = some_vertices(body, farthest_point_sample(body.v_template[None], count)[0])
         self.mean, self.whiten = (part.to(body.v_template) for part in pose_prior())
 
     def fingerprint(self) -> str:
@@ -251,7 +252,7 @@ class Refiner:
         return both.select(torch.arange(n, device=energy.device) + n * (energy[1] < energy[0]))
 
     def _posed(self, rotmats: Tensor, betas: Tensor, cam: Tensor) -> Posed:
-        six = rotmats[..., :2]
+        six, betas = rotmats[..., :2], self.body.all_betas(betas)
         pelvis = self.body.joints(rotmats, betas)[1][:, 0, :2]
         place = torch.cat([cam[:, :1].log(), cam[:, :1] * (cam[:, 1:] + pelvis)], 1)
         return Posed(six[:, :1], six[:, 1:], betas, place)
@@ -302,7 +303,9 @@ class Refiner:
             return total
         usual = (rotmats[:, 1:, :, :2].flatten(1) - self.mean) @ self.whiten
         shape = SHAPE if known.mask is None else CLOTHED_SHAPE
-        betas = (posed.betas**2 + (posed.betas - start.betas) ** 2).sum(1) / (2 * shape**2)
+        person, change = posed.betas[:, :NUM_BETAS], (posed.betas - start.betas) ** 2
+        betas = (person**2 + change[:, :NUM_BETAS]).sum(1) / (2 * shape**2)
+        betas = betas + change[:, NUM_BETAS:].sum(1) / (2 * CLOTHES_CHANGE**2)
         return (
             total
             + turned[:, 1:].sum(1) / (2 * TURN**2)
@@ -373,7 +376,7 @@ class Landmarks:
 
     def __call__(self, rotation: Tensor, joints: Tensor, betas: Tensor) -> Tensor:
         """Points (n,25,3) of bodies with world rotations (n,24,3,3) and joints (n,24,3)."""
-        offset = self.offset + torch.einsum("pck,nk->npc", self.shape, betas)
+        offset = self.offset + torch.einsum("pck,nk->npc", self.shape[..., : betas.shape[1]], betas)
         return self.mix @ joints + (rotation[:, self.anchor] @ offset[..., None])[..., 0]
 
 
@@ -402,16 +405,6 @@ def _find_places(body: Body) -> dict[str, tuple[str, int]]:
             f"{side}_heel": (f"{side}_ankle", least(z, f"{side}_ankle")),
         }
     return places
-
-
-def _part(body: Body, vertices: Tensor) -> Body:
-    """The body with some of its vertices and all joints where they were."""
-    none = body.regressor.new_zeros(NUM_JOINTS, len(vertices))
-    correctives = None if body.posedirs is None else body.posedirs[vertices]
-    of_vertices = (body.v_template[vertices], body.shapedirs[vertices], body.faces[:0], body.weights[vertices])
-    part = Body(*of_vertices, none, body.parents, correctives, body.name)
-    part.j_template, part.j_shapedirs = body.j_template.clone(), body.j_shapedirs.clone()
-    return part
 
 
 def robust(square: Tensor, sigma: float) -> Tensor:

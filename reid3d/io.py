@@ -2,7 +2,7 @@
 
 A shard is two files side by side. NAME.safetensors holds the points of all clouds end to end in four tensors, xyz
 (P, 3) float16 or float32, rgb (P, 3) uint8, vertex (P,) int32 and offsets (clouds + 1,) int64, so that cloud i is the
-rows offsets[i]:offsets[i + 1]; pose (clouds, 24, 3) float32, axis-angle in radians, and betas (clouds, 10) float32 may
+rows offsets[i]:offsets[i + 1]; pose (clouds, 24, 3) float32, axis-angle in radians, and betas (clouds, K) float32 may
 follow, the bodies that were fitted. Its metadata strings are "format" ("reid3d-shard-1"), "config" (JSON), "failures"
 (JSON: name to reason, of the crops that gave no cloud), "versions" (JSON), "license", and "sha256" of what comes after
 the header and of the manifest. NAME.jsonl holds one JSON object a cloud, a `Record`, in the same order. The manifest is
@@ -33,7 +33,7 @@ DATASET_FILE = "dataset.json"  # beside the shards of a converted folder: {"shar
 FAILURES_FILE = "failures.jsonl"  # {name, reason} of what gave no cloud
 LICENSE_NOTE = "Derived from the source images: their licence and terms of use apply to this file."
 _TENSORS = {"xyz": ("F16", "F32"), "rgb": ("U8",), "vertex": ("I32",), "offsets": ("I64",)}
-_BODIES = {"pose": (24, 3), "betas": (10,)}
+_BODIES: dict[str, list[int | None]] = {"pose": [24, 3], "betas": [None]}  # as many as the body has
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def write_shard(
 ) -> None:
     """Write clouds and their records as the shard `path` (.safetensors) with its manifest (.jsonl).
 
-    bodies: {"pose": (n, 24, 3), "betas": (n, 10)} float32 of the n clouds, where they are known. failures: what gave no
+    bodies: {"pose": (n, 24, 3), "betas": (n, K)} float32 of the n clouds, where they are known. failures: what gave no
     cloud.
 
     The same arguments give the same bytes. float16 rounds a coordinate x by at most |x| * 2**-11, that is 0.5 mm within
@@ -202,9 +202,9 @@ def write_shard(
         if dtype == "float16" and np.abs(cloud.xyz).max() > np.finfo(np.float16).max:
             raise ValueError(f"clouds: {record.name} has coordinates beyond float16's 65504 m; write float32")
     for name, array in (bodies or {}).items():
-        if array.dtype != np.float32 or array.shape != (len(clouds), *_BODIES[name]):
-            wanted, found = (len(clouds), *_BODIES[name]), f"{array.dtype} {array.shape}"
-            raise ValueError(f"bodies: {name} must be float32 {wanted}, got {found}")
+        wanted = [len(clouds), *_BODIES[name]]
+        if array.dtype != np.float32 or not _has_shape(list(array.shape), wanted):
+            raise ValueError(f"bodies: {name} must be float32 {tuple(wanted)}, got {array.dtype} {array.shape}")
     tensors = {  # widest type first, so that every tensor starts at a multiple of its item size
         "offsets": np.cumsum([0, *map(len, clouds)], dtype=np.int64),
         **(bodies or {}),
@@ -228,6 +228,10 @@ def write_shard(
         _write_safetensors(file, tensors, metadata)
     with atomic_write(manifest) as file:
         file.writelines(lines)
+
+
+def _has_shape(shape: list[int], wanted: list[int | None]) -> bool:
+    return len(shape) == len(wanted) and all(b is None or a == b for a, b in zip(shape, wanted, strict=True))
 
 
 def _sha256(*parts: Iterable[Any]) -> str:
@@ -302,7 +306,7 @@ class Shard:
             raise ValueError(f"{self.path}: cloud {i} is corrupt: {error}") from error
 
     def body(self, i: int) -> dict[str, np.ndarray]:
-        """The body fitted to crop i: {"pose": (24, 3), "betas": (10,)} float32, {} where the shard holds none."""
+        """The body fitted to crop i: {"pose": (24, 3), "betas": (K,)} float32, {} where the shard holds none."""
         return {name: self._open().get_slice(name)[i % len(self)] for name in self._bodies}
 
     def verify(self) -> None:
@@ -336,11 +340,16 @@ class Shard:
             raise ValueError(f"{self.path}: tensors must be {sorted(_TENSORS)}, got {sorted(file.keys())}")
         offsets = file.get_tensor("offsets")
         total = int(offsets[-1]) if offsets.ndim == 1 and len(offsets) else -1
-        shapes = {"xyz": [total, 3], "rgb": [total, 3], "vertex": [total], "offsets": [len(self.records) + 1]}
+        shapes: dict[str, list[int | None]] = {
+            "xyz": [total, 3],
+            "rgb": [total, 3],
+            "vertex": [total],
+            "offsets": [len(self.records) + 1],
+        }
         shapes |= {name: [len(self.records), *_BODIES[name]] for name in self._bodies}
         for name, kinds in {**_TENSORS, **dict.fromkeys(self._bodies, ("F32",))}.items():
             tensor = file.get_slice(name)
-            if tensor.get_dtype() not in kinds or tensor.get_shape() != shapes[name]:
+            if tensor.get_dtype() not in kinds or not _has_shape(tensor.get_shape(), shapes[name]):
                 found = f"{tensor.get_dtype()} {tensor.get_shape()}"
                 raise ValueError(f"{self.path}: {name} must be {' or '.join(kinds)} {shapes[name]}, got {found}")
         if offsets[0] != 0 or not np.array_equal(np.diff(offsets), [record.num_points for record in self.records]):

@@ -1,19 +1,38 @@
 """Renders synthetic people in streets as surveillance crops, with the exact truth beside each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import pi
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..body import NUM_BETAS
 from . import painter  # noqa: F401 (the reference, where no kernel was built)
-from .paint import BOTTOM, MATERIAL, TAPS, TOP, VIEW, WIDTH, Scene, pack, paint
-from .people import CARRY, CYCLE, PHONE, STAND, WALK, People, rotations, sample_people, sample_poses
-from .street import COLUMN, Shots, Streets, sample_shots, sample_streets
+from .paint import BOTTOM, MATERIAL, PATTERNS, TAPS, TOP, VIEW, WIDTH, Scene, pack, paint
+from .people import BAGS, CARRY, CYCLE, HATS, PHONE, STAND, WALK, People, rotations, sample_people, sample_poses
+from .street import (
+    BLOCKS,
+    BRICKS,
+    COLUMN,
+    FENCE,
+    PLAIN,
+    SLATS,
+    WINDOWS,
+    Shots,
+    Streets,
+    sample_shots,
+    sample_streets,
+)
 from .wardrobe import Girth, Wardrobe
 
 HEIGHT = 128
+# What training never shows, and what it shows instead: of paint.PATTERNS and paint.TEXTURES.
+UNSEEN_PATTERNS = {PATTERNS.index(a): PATTERNS.index(b) for a, b in
+                   (("checks", "columns"), ("dots", "stripes"), ("camouflage", "plain"))}  # fmt: skip
+UNSEEN_TEXTURES = {SLATS: BRICKS, BLOCKS: WINDOWS}
+NARROWEST_WALL = 5.0  # metres
+LIMBS = [1, 2, 4, 5, 16, 17, 18, 19]  # hips, knees, shoulders, elbows
 NEAR = 0.4  # metres before the person where something begins to hide them
 
 
@@ -22,7 +41,7 @@ class Truth:
     """What is known of n crops. A tensor each, with leading size n."""
 
     rotmats: Tensor  # (n,24,3,3) float32: the root in the camera's frame
-    betas: Tensor  # (n,10) float32
+    betas: Tensor  # (n,15) float32: of the person, and those of body.CLOTHES that come nearest to what is worn
     cam: Tensor  # (n,3) float32: the nearest weak perspective camera, see camera.py
     camera: Tensor  # (n,4) float32: focal length, x0, y0 (pixels), distance of the body's origin (metres), exactly
     joints2d: Tensor  # (n,24,2) float32 in half crop heights from the crop's centre: what camera.py calls s (X + t)
@@ -44,13 +63,46 @@ def tone_curves(gamma: np.ndarray, contrast: np.ndarray) -> Tensor:
     return torch.from_numpy((x + contrast[:, None] * (x * x * (3 - 2 * x) - x)).astype(np.float32))
 
 
-def sample_scenes(n: int, rng: np.random.Generator) -> tuple[People, np.ndarray, np.ndarray, Streets, Shots]:
-    """What Renderer takes, n scenes far more varied than any world's: people, poses, actions, streets, shots."""
+def sample_scenes(
+    n: int, rng: np.random.Generator, unseen: bool = False
+) -> tuple[People, np.ndarray, np.ndarray, Streets, Shots]:
+    """What Renderer takes, n scenes far more varied than any world's: people, poses, actions, streets, shots.
+
+    Some patterns, a hat, a bag, walls, bins and fences are in no scene, so that a fitter which learned from the others
+    can be tried on what it never saw: with `unseen` every top has one of the patterns, every street only such walls,
+    and the rest are about.
+    """
     people = sample_people(n, rng)
     action = rng.choice([WALK, STAND, PHONE, CARRY, CYCLE], n, p=[0.6, 0.16, 0.1, 0.06, 0.08])
     poses = sample_poses(people, rng.uniform(0, 2 * pi, n), action, rng)
+    # Now and then somebody does what none of the actions is: the joints are where chance puts them.
+    loose = np.where(rng.random((n, 1, 1)) < 0.1, 0.3, 0.0) * rng.standard_normal((n, len(LIMBS), 3))
+    poses[:, LIMBS] = poses[:, LIMBS] @ rotations(*np.moveaxis(loose, -1, 0))
     shots = sample_shots(n, rng)
-    return people, poses, action, sample_streets(n, rng, np.hypot(shots.x, shots.z)), shots
+    streets = sample_streets(n, rng, np.hypot(shots.x, shots.z))
+    pattern, kind = people.pattern.copy(), streets.quads[..., COLUMN["kind"]].copy()
+    if unseen:
+        pattern[:, TOP] = np.array(list(UNSEEN_PATTERNS))[rng.integers(len(UNSEEN_PATTERNS), size=n)]
+        seen_walls = np.isin(kind, [PLAIN, BRICKS, WINDOWS]) & (streets.quads[..., COLUMN["width"]] > NARROWEST_WALL)
+        kind = np.where(seen_walls, rng.choice([SLATS, BLOCKS], kind.shape), kind)
+        people = replace(people, pattern=pattern, scale=np.where(
+            np.isin(pattern, list(UNSEEN_PATTERNS)), rng.uniform(4, 14, pattern.shape), people.scale))  # fmt: skip
+    else:
+        for other, known in UNSEEN_PATTERNS.items():
+            pattern[pattern == other] = known
+        for other, known in UNSEEN_TEXTURES.items():
+            kind[kind == other] = known
+        people = replace(
+            people,
+            pattern=pattern,
+            hat=np.where(people.hat == HATS.index("brimmed"), HATS.index("cap"), people.hat),
+            bag=np.where(people.bag == BAGS.index("trolley"), BAGS.index("none"), people.bag),
+        )
+    quads = streets.quads.copy()
+    quads[..., COLUMN["kind"]] = kind
+    if not unseen:
+        quads[..., COLUMN["width"]] *= kind != FENCE
+    return people, poses, action, replace(streets, quads=quads), shots
 
 
 class Renderer:
@@ -79,9 +131,11 @@ class Renderer:
         n, wardrobe = len(shots), self.wardrobe
         dressed = wardrobe.rest(people)
         girth, rest = wardrobe.measure(dressed), torch.from_numpy(dressed.astype(np.float32))
+        clothes = wardrobe.clothes(people, dressed, girth.belt)
         if who is not None:
-            people, girth, rest = (
+            people, clothes, girth, rest = (
                 people[who],
+                clothes[who],
                 Girth(girth.belt[who], girth.hips[who], girth.back[who]),
                 rest[torch.from_numpy(who)],
             )
@@ -96,7 +150,8 @@ class Renderer:
             t.numpy() for t in wardrobe.exact.joints(torch.from_numpy(poses), torch.from_numpy(people.betas))
         )
         body = wardrobe.exact
-        rest_joints = body.j_template.numpy() + np.einsum("jck,nk->njc", body.j_shapedirs.numpy(), people.betas)
+        dirs = body.j_shapedirs[..., :NUM_BETAS].numpy()
+        rest_joints = body.j_template.numpy() + np.einsum("jck,nk->njc", dirs, people.betas)
         offset = joints - np.einsum("njik,njk->nji", rotation, rest_joints)
         transforms = torch.from_numpy(np.concatenate([rotation, offset[..., None]], -1).astype(np.float32)).flatten(2)
         skirts = wardrobe.skirts(people, girth.belt, rotation, joints)
@@ -159,7 +214,7 @@ class Renderer:
         scale = zoom / (half * away)
         return picture.image, Truth(
             rotmats=torch.from_numpy(poses.astype(np.float32)),
-            betas=torch.from_numpy(people.betas.astype(np.float32)),
+            betas=torch.from_numpy(np.concatenate([people.betas, clothes], 1).astype(np.float32)),
             cam=torch.cat([scale[:, None], (origin - centre) / (half * scale[:, None])], 1),
             camera=torch.cat([zoom[:, None], origin, away[:, None]], 1),
             joints2d=joints2d,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..body import Body, load_body, vertex_normals
+from ..body import NUM_BETAS, Body, load_body, vertex_normals
 from .paint import BAG, BOTTOM, HAIR, INNER, OUTFIT, SHOES, SKIN, TOP, pack, regions
 from .people import BIKE, CARRY, CYCLE, DARK, HAT, LOAD, PHONE, People
 
@@ -51,6 +51,7 @@ class Wardrobe:
         body = self.exact
         verts, joints, weights = body.v_template, body.j_template, body.weights
         self.count = len(verts)
+        self.shapedirs = body.shapedirs[..., :NUM_BETAS].flatten(0, 1)
         arm = weights[:, 16:].sum(1)
         foot = (weights[:, [7, 8, 10, 11]].sum(1) > 0.5) & (verts[:, 1] < joints[7, 1] - 0.01)
         along_arm = (verts[:, 0].abs() - joints[16, 0].abs()) / (joints[20, 0].abs() - joints[16, 0].abs())
@@ -60,6 +61,10 @@ class Wardrobe:
         )
         self.normals = vertex_normals(verts[None], body.faces)[0].numpy()
         top, order = weights.topk(4)
+        dirs = body.shapedirs[..., NUM_BETAS:].numpy()
+        along = np.einsum("vck,vc->vk", dirs, self.normals)
+        self.tailor = np.linalg.pinv(along).T
+        self.along_leg, self.on_legs = along_leg.numpy(), weights[:, [1, 2, 4, 5]].sum(1).numpy()
         self.joint, self.weight = order, (top / top.sum(1, keepdim=True)).float()
 
         # A skirt: rings from the waist down, each the convex hull of two circles about the legs.
@@ -116,7 +121,7 @@ class Wardrobe:
         depth[:, SHOES], depth[:, BAG] = 0.008, people.thickness[:, 0] + 0.008
         off = np.take_along_axis(depth, region, 1)
         # torch's product, as numpy's would wake threads of its own
-        shape = (torch.from_numpy(people.betas) @ self.exact.shapedirs.flatten(0, 1).T).numpy()
+        shape = (torch.from_numpy(people.betas) @ self.shapedirs.T).numpy()
         return self.exact.v_template.numpy() + shape.reshape(len(people), -1, 3) + off[..., None] * self.normals
 
     def measure(self, rest: np.ndarray) -> "Girth":
@@ -126,13 +131,41 @@ class Wardrobe:
         hip, spine = self.exact.j_template[1, 0].item(), self.exact.j_template[9, 2].item()
         return Girth(np.stack([wide - hip, deep], 2), wide[:, 1], rest[:, self.back, 2].min(1) - spine)
 
+    def clothes(self, people: People, rest: np.ndarray, girth: np.ndarray) -> np.ndarray:
+        """The betas (n,5) of body.CLOTHES, least squares, of what people wear on dressed bodies (n,V,3).
+
+        What a skirt adds is how far it hangs from the leg.
+        """
+        shape = (torch.from_numpy(people.betas) @ self.shapedirs.T).numpy().reshape(len(people), -1, 3)
+        off = ((rest - self.exact.v_template.numpy() - shape) * self.normals).sum(2)
+        level, radius = self.hang(people, girth)
+        # At each ring of a skirt, and how many rings down each vertex of a leg is
+        away = np.where((self.level <= level[:, -1:]) & (people.skirt > 0)[:, None], (radius - girth).mean(2), 0.0)
+        ring = ((self.along_leg - self.level[0]) / (self.level[1] - self.level[0])).clip(0, RINGS - 1.001)
+        whole, part = ring.astype(int), ring % 1
+        leg = self.on_legs * ((1 - part) * away[:, whole] + part * away[:, whole + 1])
+        return np.maximum(off, leg) @ self.tailor
+
+    def hang(self, people: People, girth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Level (n,RINGS), on the scale of the hem, and radius (n,RINGS,2), along x and z from the leg, of skirts."""
+        length = np.where(people.skirt > 0, people.skirt, 0.0)
+        level = np.minimum(self.level, length[:, None])  # rings beyond the end lie on it
+        # Cloth hangs from the widest place above it.
+        radius = np.maximum.accumulate(girth, 1) + 0.012
+        last = np.maximum((self.level <= length[:, None]).sum(1) - 1, 0)
+        end = radius[np.arange(len(people)), last][:, None]
+        radius = (
+            np.where((self.level < length[:, None])[..., None], radius, end)
+            + (people.flare[:, None] * level.clip(0))[..., None]
+        )
+        return level, radius
+
     def skirts(self, people: People, girth: np.ndarray, rotation: np.ndarray, joints: np.ndarray) -> np.ndarray:
         """Skirts (n,RINGS*SPOKES,3) about the legs of posed people; all in one point where there is none."""
         n = len(people)
         pelvis, at = rotation[:, 0], joints[:, 0]
         leg = np.einsum("nji,nkj->nki", pelvis, joints[:, [1, 4, 7, 2, 5, 8]] - at[:, None])  # in the pelvis' frame
-        length = np.where(people.skirt > 0, people.skirt, 0.0)
-        level = np.minimum(self.level, length[:, None])  # rings beyond the end lie on it
+        level, radius = self.hang(people, girth)
         thigh = (leg[:, 0, 1] - leg[:, 1, 1]).clip(0.1) + (leg[:, 1, 1] - leg[:, 2, 1]).clip(0.1)
         fall = (
             level
@@ -149,14 +182,6 @@ class Wardrobe:
             return xz[0] + upper * (xz[1] - xz[0]) + lower * (xz[2] - xz[1])
 
         left, right = middle(leg[:, 0], leg[:, 1], leg[:, 2]), middle(leg[:, 3], leg[:, 4], leg[:, 5])
-        # Cloth hangs from the widest place above it; (n,RINGS,2) along x and z.
-        radius = np.maximum.accumulate(girth, 1) + 0.012
-        last = np.maximum((self.level <= length[:, None]).sum(1) - 1, 0)
-        end = radius[np.arange(n), last][:, None]
-        radius = (
-            np.where((self.level < length[:, None])[..., None], radius, end)
-            + (people.flare[:, None] * level.clip(0))[..., None]
-        )
         radius[:, 0] -= 0.03  # the belt
         centre = np.where(self.left[:, None], left[:, :, None], right[:, :, None])
         xz = centre + radius[:, :, None] * self.spoke

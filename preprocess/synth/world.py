@@ -400,7 +400,7 @@ def synth(
     numpy and Pillow; a run that was stopped is finished by the same call. synth.json notes the arguments and, at the
     end, a checksum of all names and images.
 
-    gt.npz holds, in the order of its `names`: rotmats (n,24,3,3), betas (n,10), cam (n,3), camera (n,4) and joints2d
+    gt.npz holds, in the order of its `names`: rotmats (n,24,3,3), betas (n,15), cam (n,3), camera (n,4) and joints2d
     (n,24,2) as in render.Truth; mask and seen (n,1024) uint8, the bits of the 128x64 pixels of the person whole and of
     what the crop shows of them, and vertices (n,223) uint8, the bits of the visible vertices of the low body
     (numpy.packbits); depth, float16 metres behind the body's origin of the pixels of all masks in turn; seconds (n,) on

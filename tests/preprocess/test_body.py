@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from reid3d.preprocess.body import (
+    CLOTHES,
     JOINT_NAMES,
+    THICKNESS,
     axis_angle_to_matrix,
     load_body,
     rotation_6d_to_matrix,
@@ -30,10 +32,10 @@ def test_skinning_matches_smplx() -> None:
 
 def test_skinning_matches_a_loop_over_vertices() -> None:
     body = load_body("low")
-    rotmats, betas = random_rotations(1, 24), torch.linspace(-1, 1, 10)[None]
+    rotmats, betas = random_rotations(1, 24), torch.linspace(-1, 1, 15)[None]
     posed = body(rotmats, betas)
     shaped = body.v_template + body.shapedirs @ betas[0]
-    rest = body.regressor @ shaped
+    rest = body.regressor @ (body.v_template + body.shapedirs[..., :10] @ betas[0, :10])
     world = []
     for j, parent in enumerate(body.parents):
         local = torch.eye(4)
@@ -53,7 +55,7 @@ def test_asset_is_a_person_in_t_pose(lod: str, low: int, high: int) -> None:
     body = load_body(lod)
     verts, joints = body.v_template, body.j_template
     assert low <= len(verts) <= high
-    assert body.shapedirs.shape == (len(verts), 3, 10)
+    assert body.shapedirs.shape == (len(verts), 3, 15) and body.num_betas == 15
     assert 1.5 < float(verts[:, 1].max() - verts[:, 1].min()) < 1.9  # y up, an adult
     torch.testing.assert_close(body.weights.sum(1), torch.ones(len(verts)))
     torch.testing.assert_close(body.regressor.sum(1), torch.ones(24), atol=1e-4, rtol=0)
@@ -98,6 +100,32 @@ def test_betas_are_differentiable() -> None:
     assert betas.grad is not None and (betas.grad != 0).all()
 
 
+@pytest.mark.parametrize("lod", ["full", "low"])
+def test_clothes_stand_off_the_part_that_they_dress(lod: str) -> None:
+    body = load_body(lod)
+    betas = body.all_betas(torch.zeros(len(CLOTHES), 10))
+    betas[:, 10:] = torch.eye(len(CLOTHES))
+    for rotmats in (random_rotations(len(CLOTHES), 24), torch.eye(3).expand(len(CLOTHES), 24, 3, 3)):
+        naked, dressed = body(rotmats, torch.zeros(len(CLOTHES), 10)), body(rotmats, betas)
+        assert torch.equal(naked.joints, dressed.joints)
+    off = ((dressed.verts - naked.verts) * vertex_normals(naked.verts, body.faces)).sum(2)
+    assert float(off.min()) > -1e-5 and float(off.max()) == pytest.approx(THICKNESS, abs=1e-4)
+    for garment, row in zip(CLOTHES, off, strict=True):
+        where = body.v_template[row > 0.015]
+        assert len(where) > len(body.v_template) / 40
+        low, high = (float(v) for v in (where[:, 1].min(), where[:, 1].max()))
+        hips, knees, neck = (float(body.j_template[JOINT_NAMES.index(j), 1]) for j in ("left_hip", "left_knee", "neck"))
+        assert {
+            "trunk": hips - 0.2 < low and high < neck + 0.1,
+            "arms": float(where[:, 0].abs().min()) > 0.1,
+            "thighs": knees - 0.1 < low and high < hips + 0.2,
+            "shins": high < knees + 0.1,
+            "head": low > neck,
+        }[garment]
+    with_none = body(rotmats, body.all_betas(torch.ones(len(CLOTHES), 10))).verts
+    torch.testing.assert_close(with_none, body(rotmats, torch.ones(len(CLOTHES), 10)).verts, atol=1e-6, rtol=0)
+
+
 def test_rotations_are_rotations() -> None:
     for matrix in (random_rotations(50), rotation_6d_to_matrix(torch.randn(50, 3, 2))):
         torch.testing.assert_close(matrix @ matrix.mT, torch.eye(3).expand(50, 3, 3), atol=1e-5, rtol=0)
@@ -122,7 +150,7 @@ def test_errors_name_argument_rule_and_value() -> None:
     body = load_body("low")
     with pytest.raises(ValueError, match=r"rotmats must be \(B, 24, 3, 3\), got \(2, 23, 3, 3\)"):
         body(torch.eye(3).expand(2, 23, 3, 3), torch.zeros(2, 10))
-    with pytest.raises(ValueError, match=r"betas must be \(2, 10\) like rotmats, got \(2, 9\)"):
+    with pytest.raises(ValueError, match=r"betas must be \(2, 10\) or \(2, 15\) like rotmats, got \(2, 9\)"):
         body(torch.eye(3).expand(2, 24, 3, 3), torch.zeros(2, 9))
     with pytest.raises(ValueError, match="lod must be .* got 'huge'"):
         load_body("huge")

@@ -20,14 +20,16 @@ from PIL import Image
 from reid3d.data.layouts import list_images
 from reid3d.io import hold_folder
 from reid3d.ops import backend, rasterize
-from reid3d.preprocess.body import load_body
+from reid3d.preprocess.body import THICKNESS, load_body
 from reid3d.preprocess.camera import project
 from reid3d.preprocess.synth import synth
-from reid3d.preprocess.synth.paint import BAG, BOTTOM, HAIR, OUTFIT, SKIN, TOP, pack, regions
+from reid3d.preprocess.synth.paint import BAG, BOTTOM, HAIR, OUTFIT, PATTERNS, SKIN, TOP, pack, regions
 from reid3d.preprocess.synth.people import (
     ACTIONS,
+    BAGS,
     CARRY,
     CYCLE,
+    HATS,
     LOAD,
     PHONE,
     STAND,
@@ -42,6 +44,7 @@ from reid3d.preprocess.synth.people import (
     sample_poses,
 )
 from reid3d.preprocess.synth.render import Renderer, sample_scenes
+from reid3d.preprocess.synth.street import BLOCKS, COLUMN, FENCE, FOLIAGE, SLATS
 from reid3d.preprocess.synth.wardrobe import ACROSS, AROUND, PIECES, Wardrobe
 from reid3d.preprocess.synth.world import PRESETS, Town, World
 from reid3d.preprocess.train_fitter import project_joints
@@ -131,9 +134,10 @@ def test_joints_are_where_the_pixels_show_them(renderer: Renderer, monkeypatch: 
     clear_view = 0
     for i in range(n):
         rows, columns = lit[i].nonzero(as_tuple=True)
-        inside = 0 < rows.min() and rows.max() < 127 and 0 < columns.min() and columns.max() < 63
-        if len(rows) < 0.95 * whole[i] or not inside:
-            continue  # partly behind another part of the body, or outside
+        if len(rows) < 0.95 * whole[i]:
+            continue  # partly behind another part of the body
+        if not (0 < rows.min() and rows.max() < 127 and 0 < columns.min() and columns.max() < 63):
+            continue  # partly outside
         clear_view += 1
         middle = torch.tensor([columns.float().mean() + 0.5, rows.float().mean() + 0.5])
         assert (middle - joints[i, which[i]]).norm() < 1
@@ -144,7 +148,7 @@ def test_truth_is_that_of_the_body_layer(renderer: Renderer) -> None:
     scenes = clear(sample_scenes(24, np.random.default_rng(3)))
     _, truth = renderer(*scenes)
     body = load_body("low")
-    verts, joints = body(truth.rotmats, truth.betas)
+    verts, joints = body(truth.rotmats, truth.betas[:, :10])
     focal, x0, y0, away = truth.camera.unbind(1)
     origin = torch.stack([x0, y0], 1)[:, None]
 
@@ -167,6 +171,51 @@ def test_truth_is_that_of_the_body_layer(renderer: Renderer) -> None:
     at = truth.mask[who, row, column]
     depth = shown[at][:, 2] - away[who[at]] - truth.depth[who[at], row[at], column[at]]
     assert depth.abs().median() < 0.03 and (depth.abs() < 0.15).float().mean() > 0.95
+
+
+def test_betas_of_clothes_are_what_is_worn(renderer: Renderer) -> None:
+    n = 64
+    people, poses, action, streets, shots = clear(sample_scenes(n, np.random.default_rng(5)))
+    nothing = np.zeros(n, dtype=np.int64)
+    people = replace(people, bag=nothing, hat=nothing)
+    _, truth = renderer(people, poses, np.full(n, STAND), streets, shots)
+    body = load_body("low")
+
+    def overlap(betas: torch.Tensor) -> torch.Tensor:
+        verts = body(truth.rotmats, betas).verts
+        shape = rasterize(project(verts, truth.cam, 128, 64), body.faces, 128, 64).face >= 0
+        return (shape & truth.mask).sum((1, 2)) / (shape | truth.mask).sum((1, 2))
+
+    naked, dressed = overlap(truth.betas[:, :10]), overlap(truth.betas)
+    assert (dressed > naked + 0.02).float().mean() > 0.9 and dressed.mean() > naked.mean() + 0.1
+    skirt = torch.from_numpy(people.skirt > 0)
+    assert dressed[~skirt].mean() > 0.91 and dressed[skirt].mean() > 0.83
+    # Thick trousers and nothing else: legs of just that thickness, and not a beta of the person's changes.
+    none, long = np.zeros(n), np.full(n, 1.05)
+    depth = np.tile([0.0, 0.03, 0.0], (n, 1))
+    bare = replace(people, thickness=depth, trouser=long, hem=none - 0.05, skirt=none, boot=none + 2)
+    clothes = renderer(bare, poses, np.full(n, STAND), streets, shots)[1].betas[:, 10:]
+    torch.testing.assert_close(clothes[:, 2], torch.full((n,), 0.03 / THICKNESS), atol=0.25, rtol=0)
+    assert clothes[:, [1, 4]].abs().max() < 0.1  # arms, head
+    torch.testing.assert_close(truth.betas[:, :10], torch.from_numpy(people.betas).float())
+
+
+def test_some_clothes_and_places_are_kept_from_training() -> None:
+    rows = {u: sample_scenes(256, np.random.default_rng(6), u) for u in (False, True)}
+    kinds = {u: scenes[3].quads[..., COLUMN["kind"]] for u, scenes in rows.items()}
+    there = {u: scenes[3].quads[..., COLUMN["width"]] > 0 for u, scenes in rows.items()}
+    for pattern in map(PATTERNS.index, ("checks", "dots", "camouflage")):
+        assert not (rows[False][0].pattern == pattern).any()
+        assert 60 < (rows[True][0].pattern[:, TOP] == pattern).sum() < 110
+    for thing, name in (("hat", "brimmed"), ("bag", "trolley")):
+        index = {"hat": HATS, "bag": BAGS}[thing].index(name)
+        assert not (getattr(rows[False][0], thing) == index).any() and (getattr(rows[True][0], thing) == index).any()
+    assert not np.isin(kinds[False][there[False]], [SLATS, BLOCKS, FENCE]).any()
+    assert (kinds[True][there[True]] == FENCE).any()
+    walls = there[True] & (rows[True][3].quads[..., COLUMN["width"]] > 6) & (kinds[True] != FOLIAGE)
+    assert np.isin(kinds[True][walls], [SLATS, BLOCKS]).all() and walls.any(1).all()
+    # Nothing else differs: the same people in the same poses before the same cameras.
+    assert np.array_equal(rows[False][0].betas, rows[True][0].betas) and np.array_equal(rows[False][1], rows[True][1])
 
 
 def test_truth_of_naked_people_far_away_is_exact(renderer: Renderer) -> None:
