@@ -1,9 +1,9 @@
-"""Measures conversion: speed and memory, the share of wrongly coloured vertices, and what the confidence is worth.
+"""Measures conversion: speed and memory, and the share of wrongly coloured vertices.
 
     python benchmarks/convert.py benchmarks/results/convert-cpu.json [--folder build/bench]
 
 Everything is synthetic and made anew where it is not there: 5,000 crops in Market-1501's layout for the speed, bodies
-with known vertices for the colours, rendered crops that training never saw for the confidence.
+with known vertices for the colours.
 """
 
 import argparse
@@ -26,15 +26,11 @@ from reid3d.preprocess.batch import convert_folder, verify
 from reid3d.preprocess.body import Body, axis_angle_to_matrix, load_body
 from reid3d.preprocess.camera import project
 from reid3d.preprocess.convert import Recipe
-from reid3d.preprocess.fit import EmbeddedFitter, UprightFitter
 from reid3d.preprocess.mapping import map_crops
 from reid3d.preprocess.synth import synth
 from reid3d.preprocess.synth.people import WALK, sample_people, sample_poses
-from reid3d.preprocess.train_fitter import HELD_OUT, RenderedBatches
 
 SIZES = ((128, 64), (256, 128), (384, 128))
-CROPS = 2048  # for the confidence
-FIRST_SEED = HELD_OUT + 50_000
 
 
 def memory_of_all() -> float:
@@ -144,47 +140,6 @@ def colours(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def confidence() -> dict[str, Any]:
-    """How far the vertices are off, pelvis aligned, by the fit's confidence, and with an upright body instead."""
-    fitter, upright = EmbeddedFitter(), UprightFitter()
-    batches = RenderedBatches(CROPS // 64, 64, FIRST_SEED)
-    columns: list[list[Tensor]] = [[], [], []]
-    for i in range(len(batches)):
-        images, rotmats, betas, _, _ = batches[i]
-        crops, names = list(images.numpy()), [""] * len(images)
-        truth = fitter.body(rotmats, betas)
-        fit = fitter(crops, names)
-        columns[0].append(fit.confidence)
-        for column, guess in zip(columns[1:], (fit, upright(crops, names)), strict=True):
-            assert guess.joints is not None
-            apart = (guess.verts - guess.joints[:, :1]) - (truth.verts - truth.joints[:, :1])
-            column.append(1e3 * apart.norm(dim=2).mean(1))
-    sure, error, instead = (torch.cat(column) for column in columns)
-    bad, doubted = error > 150, sure <= sure.quantile(0.2)
-    edges = (0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0001)
-    rows = []
-    for low, high in zip(edges, edges[1:], strict=False):
-        inside = (sure >= low) & (sure < high)
-        rows.append(
-            {
-                "confidence": [low, min(high, 1)],
-                "crops": int(inside.sum()),
-                "below_150_mm": round(float((~bad)[inside].float().mean()), 3),
-                "mm": round(float(error[inside].mean()), 1),
-                "mm_of_an_upright_body": round(float(instead[inside].mean()), 1),
-            }
-        )
-        print(rows[-1], flush=True)
-    return {
-        "crops": len(sure),
-        "first_seed": FIRST_SEED,
-        "mm": round(float(error.mean()), 1),
-        "bad": round(float(bad.float().mean()), 4),
-        "bad_among_the_fifth_least_confident": round(float((bad & doubted).sum() / bad.sum()), 3),
-        "by_confidence": rows,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path)
@@ -198,7 +153,6 @@ def main() -> None:
     found["speed"] = speed(args.folder, args.workers, args.runs)
     torch.set_num_threads(1)
     found["colours"] = colours(12)
-    found["confidence"] = confidence()
     found["environment"] = bench.environment("cpu", 1, time.perf_counter() - started, {})
     with atomic_write(args.json) as file:
         file.write(json.dumps(found, indent=2).encode() + b"\n")

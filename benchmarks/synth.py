@@ -1,9 +1,11 @@
 """Measures synthetic worlds: how fast they are made, and how hard it is to find people in them.
 
     python benchmarks/synth.py benchmarks/results/synth-cpu.json [--folder build/worlds] [--presets standard hard]
+                               [--bodies fitted true mean]
 
-A world is made, converted, learnt (the recipe `synth`; hours, and it goes on where it was stopped) and searched. Beside
-what was learnt stand histograms of colours, of the whole crop and, by the ground truth, of the person alone.
+A world is made, converted, learnt (the recipe `synth`; hours, and it goes on where it was stopped) and searched, with
+the bodies that the embedded fitter finds, and if asked for with the true ones and with an upright one for everybody.
+Beside what was learnt stand histograms of colours, of the whole crop and, by the ground truth, of the person alone.
 """
 
 import argparse
@@ -11,10 +13,12 @@ import json
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 import reid3d
@@ -23,13 +27,16 @@ from reid3d.config import read_config
 from reid3d.data.layouts import list_images
 from reid3d.io import atomic_write
 from reid3d.preprocess.batch import convert_folder
+from reid3d.preprocess.body import load_body
 from reid3d.preprocess.convert import Recipe
+from reid3d.preprocess.fit import BodyFit, Fitter
 from reid3d.preprocess.synth import synth
 from reid3d.retrieval.features import Features
 from reid3d.train import train
 
 BINS = 8  # of each of red, green, blue
 STRIPES = 6
+OGNET = {"fitted": "ognet_small", "true": "ognet_small_on_true_bodies", "mean": "ognet_small_on_upright_bodies"}
 
 
 def speed(folder: Path, runs: int) -> dict[str, Any]:
@@ -92,10 +99,29 @@ def figures(query: Features, gallery: Features) -> dict[str, float]:
     return {"rank1": round(float(result.cmc[0]), 4), "mAP": round(float(result.mAP), 4)}
 
 
-def learned(preset: str, folder: Path) -> dict[str, Any]:
+class TrueBodies(Fitter):
+    """The bodies of a world, in their clothes, by the names of its crops."""
+
+    def __init__(self, people: Path) -> None:
+        super().__init__()
+        self.body = load_body("full")
+        with np.load(people / "gt.npz") as truth:
+            self.rows = {name: i for i, name in enumerate(truth["names"].tolist())}
+            for name in ("rotmats", "betas", "cam"):
+                self.register_buffer(name, torch.from_numpy(truth[name]))
+
+    def forward(self, crops: Sequence[np.ndarray], names: Sequence[str]) -> BodyFit:
+        which = torch.tensor([self.rows[name] for name in names])
+        rotmats, betas, cam = self.rotmats[which], self.betas[which], self.cam[which]
+        posed = self.body(rotmats, betas)
+        return BodyFit(posed.verts, cam, torch.ones(len(cam)), rotmats, betas, posed.joints)
+
+
+def learned(preset: str, folder: Path, bodies: str) -> dict[str, Any]:
     """Train the recipe `synth` on the clouds of a world, or go on, and search the people it has not seen."""
-    clouds, run = folder / f"clouds_{preset}", folder / f"run_{preset}"
-    convert_folder(folder / preset, clouds, Recipe(), workers=2)
+    clouds, run = folder / f"clouds_{preset}_{bodies}", folder / f"run_{preset}_{bodies}"
+    fitter = {"fitted": "default", "mean": "mean", "true": TrueBodies(folder / preset)}[bodies]
+    convert_folder(folder / preset, clouds, Recipe(fitter=fitter), workers=2)
     train(read_config("synth", ["--data", str(clouds), "--out", str(run)]))
     model, dataset = reid3d.create_model(weights=run / "model.safetensors"), reid3d.open_dataset(clouds)
     found = figures(reid3d.extract(model, dataset.query), reid3d.extract(model, dataset.gallery))
@@ -109,6 +135,7 @@ def main() -> None:
     parser.add_argument("json", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("build/worlds"), help="for worlds, clouds and runs")
     parser.add_argument("--presets", nargs="+", default=["standard", "hard"])
+    parser.add_argument("--bodies", nargs="+", default=["fitted"], choices=list(OGNET))
     parser.add_argument("--runs", type=int, default=3, help="of the measurement of speed")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +149,7 @@ def main() -> None:
             "colours_of_the_crop_in_stripes": by_colour(people, False, STRIPES),
             "colours_of_the_person": by_colour(people, True, 1),
             "colours_of_the_person_in_stripes": by_colour(people, True, STRIPES),
-            "ognet_small": learned(preset, args.folder),
+            **{OGNET[bodies]: learned(preset, args.folder, bodies) for bodies in args.bodies},
         }
         print(json.dumps(found["worlds"][preset]), flush=True)
     found["environment"] = bench.environment("cpu", 2, time.perf_counter() - started, {})

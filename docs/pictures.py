@@ -4,7 +4,8 @@
 
 flow.png: a query of the demo, the body fitted to it, its cloud from three sides, and its best matches in the gallery.
 modes.png: the query's clouds in each mode. worst.png: the least confident of the demo's crops. worlds.jpg: people of
-the synthetic worlds and what is known of them; it needs no demo: docs/pictures.py --worlds.
+the synthetic worlds and what is known of them; it needs no demo: docs/pictures.py --worlds. Nor does fits.jpg, twelve
+of the fitter's held-out crops with the bodies fitted to them: docs/pictures.py --fits.
 """
 
 import argparse
@@ -20,8 +21,9 @@ from reid3d.cloud import PointCloud
 from reid3d.ops import rasterize
 from reid3d.preprocess.body import vertex_normals
 from reid3d.preprocess.camera import project
-from reid3d.preprocess.fit import EmbeddedFitter
+from reid3d.preprocess.fit import BodyFit, EmbeddedFitter
 from reid3d.preprocess.synth import synth
+from reid3d.preprocess.train_fitter import HELD_OUT, RenderedBatches
 from reid3d.retrieval.features import Features
 
 SCALE = 3  # picture pixels for a crop pixel
@@ -35,7 +37,10 @@ def enlarge(image: np.ndarray) -> Image.Image:
 
 def shaded(fitter: EmbeddedFitter, image: np.ndarray) -> Image.Image:
     """The fitted body over a faded crop."""
-    fit = fitter([image], ["query"])
+    return draw_body(fitter, image, fitter([image], ["query"]))
+
+
+def draw_body(fitter: EmbeddedFitter, image: np.ndarray, fit: BodyFit) -> Image.Image:
     seen = rasterize(project(fit.verts, fit.cam, HEIGHT, WIDTH), fitter.body.faces, HEIGHT, WIDTH).face[0]
     normals = vertex_normals(fit.verts, fitter.body.faces)[0][fitter.body.faces[seen[seen >= 0]]].mean(1)
     light = (normals @ torch.tensor([0.2, -0.3, -0.9])).clamp(0, 1) * 0.75 + 0.25
@@ -66,9 +71,13 @@ def main() -> None:
     parser.add_argument("--query", type=int, default=24, help="which query to show")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--worlds", action="store_true", help="draw worlds.jpg alone")
+    parser.add_argument("--fits", action="store_true", help="draw fits.jpg alone")
     args = parser.parse_args()
-    if args.worlds:
-        worlds().save(args.out / "worlds.jpg", quality=88)
+    if args.worlds or args.fits:
+        if args.worlds:
+            worlds().save(args.out / "worlds.jpg", quality=88)
+        if args.fits:
+            fits().save(args.out / "fits.jpg", quality=88)
         return
 
     features = args.demo / "run" / "features"
@@ -96,6 +105,30 @@ def main() -> None:
     worst.crop((0, 0, worst.width, worst.height // 2)).convert("P", palette=Image.Palette.ADAPTIVE).save(
         args.out / "worst.png", optimize=True
     )
+
+
+def fits() -> Image.Image:
+    """Held-out crops, the bodies fitted to them, and the same from the side."""
+    fitter, rows = EmbeddedFitter(), []
+    for image in RenderedBatches(1, 64, HELD_OUT)[0].images.numpy()[:12]:
+        fit = fitter([image], ["crop"])
+        quarter = torch.tensor([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]])
+        verts = (fit.verts - fit.joints[:, :1]) @ quarter.T
+        middle = fit.cam * torch.tensor([1.0, 0, 0])
+        aside = np.full((*image.shape[:2], 3), 255, np.uint8)
+        turned = BodyFit(verts, middle, fit.confidence)
+        rows.append(
+            np.concatenate(
+                [
+                    np.array(p)
+                    for p in (enlarge(image), draw_body(fitter, image, fit), draw_body(fitter, aside, turned))
+                ],
+                1,
+            )
+        )
+    half = [np.concatenate(rows[i : i + 4], 1) for i in range(0, 12, 4)]
+    picture = Image.fromarray(np.concatenate(half))
+    return picture.resize((picture.width * 2 // 3, picture.height * 2 // 3))
 
 
 def worlds() -> Image.Image:

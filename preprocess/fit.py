@@ -19,15 +19,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .body import JOINT_NAMES, NUM_BETAS, NUM_JOINTS, Body, axis_angle_to_matrix, load_body
-from .camera import check_crops, cut_window
-from .hmr import INPUT_SIZE, Regressed, Regressor
+from reid3d.ops import rasterize
 
-FORMAT = "reid3d-fitter-1"
+from .body import JOINT_NAMES, NUM_JOINTS, Body, axis_angle_to_matrix, load_body, rotation_6d_to_matrix
+from .camera import check_crops, cut_window, project
+from .hmr import INPUT_SIZE, Regressed, Regressor, Seen
+
+FORMAT = "reid3d-fitter-2"
 WEIGHTS = "fitter.safetensors"
-# Of the confidence: metres between the joints where it is 1/2, and how it falls there. Fitted to the embedded
-# regressor's errors on held-out synthetic crops.
+# Of the confidence of networks that see nothing else: metres between the joints of a crop and of its mirror image where
+# it is 1/2, and how it falls there.
 EVEN_ODDS, STEEPNESS = 0.14, 3.2
+AGREED = 0.14  # metres between the same: they are one pose
+_SIDES = {"left": "right", "right": "left"}
+_PARTS = [name.partition("_") for name in JOINT_NAMES]
+OTHER_SIDE = [JOINT_NAMES.index(_SIDES.get(side, side) + bar + joint) for side, bar, joint in _PARTS]
 FITTERS = {
     "default": "the embedded regressor, trained on synthetic people",
     "spin:FILE": "SPIN's checkpoint model_checkpoint.pt, or any in its layout",
@@ -131,11 +137,25 @@ def load_fitter(spec: str = "default", body: Body | None = None) -> Fitter:
 
 def mirror(rotmats: Tensor) -> Tensor:
     """The poses (B,24,3,3) of people as a mirror shows them, left and right exchanged."""
-    sides = {"left": "right", "right": "left"}
-    parts = [name.partition("_") for name in JOINT_NAMES]
-    other = [JOINT_NAMES.index(sides.get(side, side) + bar + joint) for side, bar, joint in parts]
     flip = rotmats.new_tensor([-1, 1, 1])
-    return rotmats[:, other] * flip[:, None] * flip
+    return rotmats[:, OTHER_SIDE] * flip[:, None] * flip
+
+
+def mirror_body(body: Regressed) -> Regressed:
+    """Bodies as a mirror shows them."""
+    return Regressed(mirror(body.rotmats), body.betas, body.cam * body.cam.new_tensor([1, -1, 1]))
+
+
+def mirror_seen(seen: Seen) -> Seen:
+    """What is seen as a mirror shows it, left and right exchanged."""
+    joints2d = seen.joints2d[:, OTHER_SIDE] * seen.joints2d.new_tensor([-1, 1])
+    maps = seen.maps[:, OTHER_SIDE].unflatten(2, (-1, seen.mask.shape[2] // 2)).flip(3).flatten(2)
+    return Seen(seen.mask.flip(2), joints2d, seen.spread[:, OTHER_SIDE], maps)
+
+
+def astray(cam: Tensor, joints: Tensor, joints2d: Tensor) -> Tensor:
+    """Mean distance (B,) of joints (B,24,3) seen by cam (B,3) from joints2d (B,24,2), in half crop heights."""
+    return (cam[:, None, :1] * (joints[..., :2] + cam[:, None, 1:]) - joints2d).norm(dim=2).mean(1)
 
 
 def fit_both_ways(
@@ -149,7 +169,7 @@ def fit_both_ways(
     """
     out, mirrored = net(images), net(images.flip(3))  # not in one batch, which a CPU's cache does not hold
     cam = torch.cat([out.cam[:, :1] * out.cam.new_tensor(tall)[:, None], out.cam[:, 1:]], 1)
-    betas = out.betas if knows_betas else torch.zeros_like(out.betas)
+    betas = out.betas if knows_betas else out.betas.new_zeros(len(cam), body.num_betas)
     posed = body(out.rotmats, betas)
     _, other = body.joints(mirror(mirrored.rotmats), betas)
     apart = (posed.joints - posed.joints[:, :1] - other + other[:, :1]).norm(dim=2).mean(1)
@@ -186,8 +206,9 @@ def load_regressor(path: Path) -> tuple[Regressor, dict[str, str]]:
 class EmbeddedFitter(Fitter):
     """Body and camera of each crop by a small regressor trained on synthetic people (train_fitter.py).
 
-    The confidence, see `fit_both_ways`, is the share of held-out synthetic crops so confident whose vertices are less
-    than 150 mm off on average (benchmarks/convert.py).
+    The confidence is how likely the vertices are less than 150 mm off on average, by a logistic regression on how far
+    the fits of a crop and of its mirror image, the joints that are seen and the silhouette agree
+    (benchmarks/fitter.py holds it against the truth).
 
     Args:
         weights: a file written by train_fitter.py; None for the embedded ones.
@@ -202,6 +223,7 @@ class EmbeddedFitter(Fitter):
     def __init__(self, weights: str | Path | None = None, body: Body | None = None) -> None:
         super().__init__()
         self.body, self.knows_betas = own_body(body), body is None
+        self.coarse = own_body(load_body("low"))  # what the regressor knows, to hold the fit against what is seen
         if weights is None:
             with as_file(files("reid3d.preprocess") / "assets" / WEIGHTS) as embedded:
                 regressor, _ = load_regressor(embedded)
@@ -211,13 +233,45 @@ class EmbeddedFitter(Fitter):
 
     @torch.no_grad()
     def forward(self, crops: Sequence[np.ndarray], names: Sequence[str]) -> BodyFit:
+        return self.fit(crops)[0]
+
+    @torch.no_grad()
+    def fit(self, crops: Sequence[np.ndarray]) -> tuple[BodyFit, Tensor]:
+        """The fits of B crops, and what speaks for and against each (B,5).
+
+        That is 1; the IoU of the body and the silhouette that is seen; the logarithms of how far the fits of crop and
+        mirror image, the fit's joints and those that are seen, and those that may be the same joint lie apart. Weighted
+        by the regressor's `trust` they sum to the logit of the confidence.
+        """
         check_crops(crops)
         # The regressor saw crops of 2:1: narrower ones get wider, wider ones taller until they lose columns instead.
         ratio = INPUT_SIZE[0] / INPUT_SIZE[1]
         tall = [min(max(ratio * crop.shape[1] / crop.shape[0], 1.0), self.TALLEST) for crop in crops]
         windows = np.stack([cut_window(crop, INPUT_SIZE, t) for crop, t in zip(crops, tall, strict=True)])
         images = torch.from_numpy(windows).to(self.regressor.mean.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return fit_both_ways(self.regressor, images, tall, self.body, self.knows_betas)
+        out, seen = self.regressor(images)  # not in one batch with the mirrored, which a CPU's cache does not hold
+        other, seen_too = self.regressor(images.flip(3))
+        other, seen_too = mirror_body(other), mirror_seen(seen_too)
+        joints2d, mask = (seen.joints2d + seen_too.joints2d) / 2, seen.mask + seen_too.mask > 0
+        joints, joints_too = (self.coarse.joints(o.rotmats, o.betas)[1] for o in (out, other))
+        apart = (joints - joints[:, :1] - joints_too + joints_too[:, :1]).norm(dim=2).mean(1)
+        # Where both agree, their mean. Else the one that is nearer to what is seen: between front and back is neither.
+        nearer = astray(out.cam, joints, joints2d) <= astray(other.cam, joints_too, joints2d)
+        share = torch.where(apart < AGREED, 0.5, (~nearer).float())
+        rotmats, betas, cam = (
+            torch.lerp(a, b, share.view(-1, *[1] * (a.ndim - 1))) for a, b in zip(out, other, strict=True)
+        )
+        rotmats = rotation_6d_to_matrix(rotmats[..., :2])
+        posed, (height, width) = self.coarse(rotmats, betas), mask.shape[1:]
+        shape = rasterize(project(posed.verts, cam, height, width), self.coarse.faces, height, width).face >= 0
+        overlap = (shape & mask).sum((1, 2)) / (shape | mask).sum((1, 2)).clamp(min=1)
+        distances = apart, astray(cam, posed.joints, joints2d), (seen.spread + seen_too.spread).mean(1)
+        signs = torch.stack([torch.ones_like(apart), overlap, *(d.clamp(min=1e-3).log() for d in distances)], 1)
+        confidence = (signs @ self.regressor.trust).sigmoid()
+        betas = betas if self.knows_betas else betas.new_zeros(len(betas), self.body.num_betas)
+        posed = self.body(rotmats, betas)
+        cam = torch.cat([cam[:, :1] * cam.new_tensor(tall)[:, None], cam[:, 1:]], 1)
+        return BodyFit(posed.verts, cam, confidence, rotmats, betas, posed.joints), signs
 
 
 class UprightFitter(Fitter):
@@ -243,7 +297,7 @@ class UprightFitter(Fitter):
     def forward(self, crops: Sequence[np.ndarray], names: Sequence[str]) -> BodyFit:
         check_crops(crops)
         count = len(crops)
-        betas = self.upright.new_zeros(1, NUM_BETAS)
+        betas = self.upright.new_zeros(1, self.body.num_betas)
         posed = self.body(self.upright[None], betas)
         low, high = posed.verts[0].amin(0), posed.verts[0].amax(0)
         width, height = (high - low)[:2]
