@@ -160,6 +160,7 @@ class Refiner:
         report: list[dict[str, float]] = [{} for _ in crops]
         if fit.rotmats is None or fit.betas is None or fit.verts.shape[1] != len(self.body.v_template):
             return fit, report
+        fit = replace(fit, betas=self.body.all_betas(fit.betas))
         found = [
             self._read(name, crop, sizes[i] if sizes is not None else None)
             for i, (name, crop) in enumerate(zip(names, crops, strict=True))
@@ -252,7 +253,7 @@ class Refiner:
         return both.select(torch.arange(n, device=energy.device) + n * (energy[1] < energy[0]))
 
     def _posed(self, rotmats: Tensor, betas: Tensor, cam: Tensor) -> Posed:
-        six, betas = rotmats[..., :2], self.body.all_betas(betas)
+        six = rotmats[..., :2]
         pelvis = self.body.joints(rotmats, betas)[1][:, 0, :2]
         place = torch.cat([cam[:, :1].log(), cam[:, :1] * (cam[:, 1:] + pelvis)], 1)
         return Posed(six[:, :1], six[:, 1:], betas, place)

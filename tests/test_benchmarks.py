@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,7 +70,25 @@ def test_published_figures_of_conversion():
     by_size = {tuple(row["size"]): row for row in data["colours"]}
     for size in ((128, 64), (256, 128)):
         assert by_size[size]["paper"]["wrong"] <= 0.005 < by_size[size]["official"]["wrong"]
-    assert sum(row["crops"] for row in data["confidence"]["by_confidence"]) == data["confidence"]["crops"]
+
+
+def test_published_figures_of_the_fitter():
+    data = json.loads((RESULTS / "fitter-cpu.json").read_text())
+    check_origin(data)
+    found = data["held_out"]
+    fitted, masks, keypoints = (found[k] for k in ("fitted", "refined by masks", "refined by keypoints"))
+    assert data["suite"] == "fitter" and fitted["crops"] >= 5000
+    assert sum(row["crops"] for row in found["by_confidence"]) == fitted["crops"]
+    assert fitted["mpjpe_mm"] < found["upright"]["mpjpe_mm"] / 2
+    # Refinement helps where it knows more.
+    assert masks["iou"] > fitted["iou"] and keypoints["joints2d_px"] < fitted["joints2d_px"]
+    assert keypoints["mpjpe_mm"] < fitted["mpjpe_mm"]
+    shipped = json.loads((files("reid3d.preprocess") / "assets" / "fitter.json").read_text())
+    assert all(shipped[k] == pytest.approx(fitted[k], rel=0.01) for k in ("mpjpe_mm", "pve_mm", "iou"))
+    log = [json.loads(line) for line in (RESULTS / "fitter-training.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == shipped["recipe"]["steps"] and [line["step"] for line in log] == sorted(
+        {line["step"] for line in log}
+    )
 
 
 def test_published_figures_of_worlds():
