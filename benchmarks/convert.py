@@ -2,7 +2,7 @@
 
     python benchmarks/convert.py benchmarks/results/convert-cpu.json [--folder build/bench]
 
-Everything is synthetic and made anew where it is not there: 5,000 crops in Market-1501's layout for the speed, bodies
+Everything is synthetic and made anew where it is not there: 4,840 crops in Market-1501's layout for the speed, bodies
 with known vertices for the colours.
 """
 

@@ -64,7 +64,7 @@ def check_origin(data):
 def test_published_figures_of_conversion():
     data = json.loads((RESULTS / "convert-cpu.json").read_text())
     check_origin(data)
-    assert data["suite"] == "convert" and data["speed"]["crops"] == 5000 and data["speed"]["workers"] == 2
+    assert data["suite"] == "convert" and data["speed"]["crops"] == 4840 and data["speed"]["workers"] == 2
     rates = data["speed"]["crops_a_minute"]
     assert len(rates["all"]) >= 3 and min(rates["all"]) <= rates["median"] <= max(rates["all"])
     by_size = {tuple(row["size"]): row for row in data["colours"]}
