@@ -100,11 +100,22 @@ class RenderedBatches(Dataset):
             self.renderer = Renderer()
         rng, held_out = np.random.default_rng(self.first + i), self.first >= HELD_OUT
         people, poses, action, streets, shots = sample_scenes(self.batch, rng, held_out)
+        # As crops of other proportions come to the fitter: with their edges drawn out above and below, or at the sides.
+        high, wide = (np.ones(self.batch) for _ in range(2))
+        if not held_out:
+            other = rng.random(self.batch)
+            high = np.where(other < 0.2, rng.uniform(1 / EmbeddedFitter.TALLEST, 1, self.batch), high)
+            wide = np.where(other > 0.85, rng.uniform(0.6, 1, self.batch), wide)
+            shots = replace(shots, fill=shots.fill * high, shift=shots.shift * high[:, None])
         images, truth = self.renderer(people, poses, action, streets, shots)
         for k in np.flatnonzero(rng.random(self.batch) < 0.4):
             jpeg = BytesIO()
             Image.fromarray(images[k].numpy()).save(jpeg, "JPEG", quality=int(shots.quality[k]))
             images[k] = torch.from_numpy(np.array(Image.open(jpeg)))
+        for k in np.flatnonzero((high < 1) | (wide < 1)):
+            top, left = (round(side * (1 - part[k]) / 2) for side, part in zip(INPUT_SIZE, (high, wide), strict=True))
+            kept = images[k, top : INPUT_SIZE[0] - top, left : INPUT_SIZE[1] - left].numpy()
+            images[k] = torch.from_numpy(np.pad(kept, ((top, top), (left, left), (0, 0)), "edge"))
         body, clothed = load_body("low"), None
         silhouette = shape_of(body, body(truth.rotmats, truth.betas).verts, truth.cam, INPUT_SIZE[0] // 2)
         if held_out:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..body import NUM_BETAS
+from ..body import NUM_BETAS, NUM_JOINTS
 from . import painter  # noqa: F401 (the reference, where no kernel was built)
 from .paint import BOTTOM, MATERIAL, PATTERNS, TAPS, TOP, VIEW, WIDTH, Scene, pack, paint
 from .people import BAGS, CARRY, CYCLE, HATS, PHONE, STAND, WALK, People, rotations, sample_people, sample_poses
@@ -32,7 +32,7 @@ UNSEEN_PATTERNS = {PATTERNS.index(a): PATTERNS.index(b) for a, b in
                    (("checks", "columns"), ("dots", "stripes"), ("camouflage", "plain"))}  # fmt: skip
 UNSEEN_TEXTURES = {SLATS: BRICKS, BLOCKS: WINDOWS}
 NARROWEST_WALL = 5.0  # metres
-LIMBS = [1, 2, 4, 5, 16, 17, 18, 19]  # hips, knees, shoulders, elbows
+TRUNK, LIMBS = [0, 3, 6, 9], [1, 2, 4, 5, 16, 17, 18, 19]  # the whole and the spine; hips, knees, shoulders, elbows
 NEAR = 0.4  # metres before the person where something begins to hide them
 
 
@@ -70,7 +70,7 @@ def sample_scenes(
 
     Some patterns, a hat, a bag, walls, bins and fences are in no scene, so that a fitter which learned from the others
     can be tried on what it never saw: with `unseen` every top has one of the patterns, every street only such walls,
-    and the rest are about.
+    and the rest are about. Without, one person in five leans, bends and spreads their limbs as people in photos do.
     """
     people = sample_people(n, rng)
     action = rng.choice([WALK, STAND, PHONE, CARRY, CYCLE], n, p=[0.6, 0.16, 0.1, 0.06, 0.08])
@@ -102,6 +102,10 @@ def sample_scenes(
     quads[..., COLUMN["kind"]] = kind
     if not unseen:
         quads[..., COLUMN["width"]] *= kind != FENCE
+        sigma = np.zeros((NUM_JOINTS, 1))
+        sigma[TRUNK], sigma[LIMBS] = 0.14, 0.35
+        turn = np.where(rng.random((n, 1, 1)) < 0.2, sigma, 0.0) * rng.standard_normal((n, NUM_JOINTS, 3))
+        poses = poses @ rotations(*np.moveaxis(turn, -1, 0))
     return people, poses, action, replace(streets, quads=quads), shots
 
 

@@ -226,6 +226,19 @@ def test_held_out_crops_show_what_training_does_not(batch: Batch) -> None:
     assert ((large & batch.clothed).sum() / (large | batch.clothed).sum()) > 0.85
 
 
+def test_some_training_crops_have_their_edges_drawn_out(batch: Batch) -> None:
+    parts = [RenderedBatches(1, 64, i)[0] for i in (1, 2)]
+    images = torch.cat([part.images for part in parts])
+    above = (images[:, 0] == images[:, 1]).all((1, 2)) & (images[:, -1] == images[:, -2]).all((1, 2))
+    beside = (images[:, :, 0] == images[:, :, 1]).all((1, 2)) & (images[:, :, -1] == images[:, :, -2]).all((1, 2))
+    assert 0.1 < above.float().mean() < 0.25 and 0.05 < beside.float().mean() < 0.2 and not (above & beside).any()
+    # Who has street above and below them is smaller, by as much.
+    height = torch.cat([part.joints2d[..., 1].amax(1) - part.joints2d[..., 1].amin(1) for part in parts])
+    assert height[above].mean() < 0.95 * height[~above].mean()
+    held_out = batch.images
+    assert not (held_out[:, 0] == held_out[:, 1]).all((1, 2)).any()
+
+
 def test_fit_lands_on_the_person(fitter: Fitter, batch: Batch) -> None:
     fit = fit_images(fitter, batch.images)
     assert fit.verts.shape == (16, len(fitter.body.v_template), 3)

@@ -214,8 +214,12 @@ def test_some_clothes_and_places_are_kept_from_training() -> None:
     assert (kinds[True][there[True]] == FENCE).any()
     walls = there[True] & (rows[True][3].quads[..., COLUMN["width"]] > 6) & (kinds[True] != FOLIAGE)
     assert np.isin(kinds[True][walls], [SLATS, BLOCKS]).all() and walls.any(1).all()
-    # Nothing else differs: the same people in the same poses before the same cameras.
-    assert np.array_equal(rows[False][0].betas, rows[True][0].betas) and np.array_equal(rows[False][1], rows[True][1])
+    # The same people before the same cameras; in training some of them move more freely.
+    assert np.array_equal(rows[False][0].betas, rows[True][0].betas)
+    same = (rows[False][1] == rows[True][1]).all((1, 2, 3))
+    assert 0.7 < same.mean() < 0.9
+    poses = torch.from_numpy(np.concatenate([rows[u][1] for u in rows]))
+    torch.testing.assert_close(poses @ poses.mT, torch.eye(3, dtype=poses.dtype).expand_as(poses))
 
 
 def test_truth_of_naked_people_far_away_is_exact(renderer: Renderer) -> None:
