@@ -22,6 +22,7 @@ from torch import Tensor
 
 from reid3d import bench
 from reid3d.io import atomic_write
+from reid3d.preprocess.camera import project_joints
 from reid3d.preprocess.evidence import Keypoints, Masks, Person
 from reid3d.preprocess.fit import BodyFit, EmbeddedFitter, UprightFitter
 from reid3d.preprocess.refine import Refiner
@@ -39,8 +40,7 @@ def keypoints_of(refiner: Refiner, fitter: EmbeddedFitter, batch: Batch, rng: np
     height, width = batch.images.shape[1:3]
     joints = fitter.body.joints(batch.rotmats, batch.betas)
     points = refiner.landmarks(*joints, batch.betas)
-    xy = batch.cam[:, None, :1] * (points[..., :2] + batch.cam[:, None, 1:]) * height / 2
-    xy = xy + xy.new_tensor([width / 2, height / 2])
+    xy = project_joints(points, batch.cam) * height / 2 + torch.tensor([width / 2, height / 2])
     inside = ((xy > 0) & (xy < xy.new_tensor([width, height]))).all(2)
     rows = torch.cat([xy, inside[..., None]], 2).numpy()
     rows[..., :2] += rng.normal(0, 1.5, rows[..., :2].shape)
@@ -108,16 +108,9 @@ def photos(fitter: EmbeddedFitter, folder: Path) -> list[dict[str, Any]]:
             for polygon in person["segmentation"]:
                 ImageDraw.Draw(mask).polygon(polygon, fill=1)
             left, top, width, height = person["bbox"]
-            grown = (
-                left - MARGIN * width,
-                top - MARGIN * height,
-                left + (1 + MARGIN) * width,
-                top + (1 + MARGIN) * height,
-            )
-            box = tuple(
-                int(v)
-                for v in (max(grown[0], 0), max(grown[1], 0), min(grown[2], image.width), min(grown[3], image.height))
-            )
+            x, y = MARGIN * width, MARGIN * height
+            box = np.array([left - x, top - y, left + width + x, top + height + y])
+            box = box.clip(0, [*image.size, *image.size]).astype(int).tolist()
             crop, silhouette = np.array(image.crop(box)), np.array(mask.crop(box))
             refiner = Refiner(fitter.body, masks=masks_of([silhouette]))
             fit = fitter([crop], ["0"])

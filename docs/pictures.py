@@ -41,6 +41,7 @@ def shaded(fitter: EmbeddedFitter, image: np.ndarray) -> Image.Image:
 
 
 def draw_body(fitter: EmbeddedFitter, image: np.ndarray, fit: BodyFit) -> Image.Image:
+    """A body over a faded crop."""
     seen = rasterize(project(fit.verts, fit.cam, HEIGHT, WIDTH), fitter.body.faces, HEIGHT, WIDTH).face[0]
     normals = vertex_normals(fit.verts, fitter.body.faces)[0][fitter.body.faces[seen[seen >= 0]]].mean(1)
     light = (normals @ torch.tensor([0.2, -0.3, -0.9])).clamp(0, 1) * 0.75 + 0.25
@@ -117,15 +118,8 @@ def fits() -> Image.Image:
         middle = fit.cam * torch.tensor([1.0, 0, 0])
         aside = np.full((*image.shape[:2], 3), 255, np.uint8)
         turned = BodyFit(verts, middle, fit.confidence)
-        rows.append(
-            np.concatenate(
-                [
-                    np.array(p)
-                    for p in (enlarge(image), draw_body(fitter, image, fit), draw_body(fitter, aside, turned))
-                ],
-                1,
-            )
-        )
+        panels = enlarge(image), draw_body(fitter, image, fit), draw_body(fitter, aside, turned)
+        rows.append(np.concatenate([np.array(panel) for panel in panels], 1))
     half = [np.concatenate(rows[i : i + 4], 1) for i in range(0, 12, 4)]
     picture = Image.fromarray(np.concatenate(half))
     return picture.resize((picture.width * 2 // 3, picture.height * 2 // 3))

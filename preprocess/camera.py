@@ -28,6 +28,11 @@ def project(points: Tensor, cam: Tensor, height: int, width: int, aspect: Tensor
     return torch.cat([xy, points[..., 2:]], -1)
 
 
+def project_joints(joints: Tensor, cam: Tensor) -> Tensor:
+    """Where joints (B,J,3) are seen by cam (B,3): (B,J,2) in half crop heights from the crop's centre."""
+    return cam[:, None, :1] * (joints[..., :2] + cam[:, None, 1:])
+
+
 def unproject(pixels: Tensor, cam: Tensor, height: int, width: int, aspect: Tensor | None = None) -> Tensor:
     """The inverse of `project`: points (B,P,3) of pixel positions and depths (B,P,3)."""
     from_centre = pixels[..., :2] - pixels.new_tensor([width / 2, height / 2])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from reid3d.ops import rasterize
 
 from .body import JOINT_NAMES, NUM_JOINTS, Body, axis_angle_to_matrix, load_body, rotation_6d_to_matrix
-from .camera import check_crops, cut_window, project
+from .camera import check_crops, cut_window, project, project_joints
 from .hmr import INPUT_SIZE, Regressed, Regressor, Seen
 
 FORMAT = "reid3d-fitter-2"
@@ -155,7 +155,7 @@ def mirror_seen(seen: Seen) -> Seen:
 
 def astray(cam: Tensor, joints: Tensor, joints2d: Tensor) -> Tensor:
     """Mean distance (B,) of joints (B,24,3) seen by cam (B,3) from joints2d (B,24,2), in half crop heights."""
-    return (cam[:, None, :1] * (joints[..., :2] + cam[:, None, 1:]) - joints2d).norm(dim=2).mean(1)
+    return (project_joints(joints, cam) - joints2d).norm(dim=2).mean(1)
 
 
 def fit_both_ways(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .body import CLOTHES, NUM_BETAS, NUM_JOINTS, load_body, rotation_6d_to_matrix
+from .camera import project_joints
 
 POSE = NUM_JOINTS * 6
 BETAS = NUM_BETAS + len(CLOTHES)
@@ -162,7 +163,7 @@ class Regressor(nn.Module):
         for _ in range(ITERATIONS):
             with torch.no_grad():
                 joints = self.skeleton.joints(body.rotmats, body.betas)[1]
-                off = joints2d - body.cam[:, None, :1] * (joints[..., :2] + body.cam[:, None, 1:])
+                off = joints2d - project_joints(joints, body.cam)
                 told = LOUD * off.flatten(1).clamp(-1, 1)  # else a body that is nowhere runs away
             hidden = F.relu(fixed + self.hidden1(torch.cat([parameters, told], 1)))
             parameters = parameters + self.correction(F.relu(self.hidden2(hidden)))

@@ -68,7 +68,7 @@ def sample_scenes(
 ) -> tuple[People, np.ndarray, np.ndarray, Streets, Shots]:
     """What Renderer takes, n scenes far more varied than any world's: people, poses, actions, streets, shots.
 
-    Some patterns, a hat, a bag, walls, bins and fences are in no scene, so that a fitter which learned from the others
+    Some patterns, a hat, a bag, walls and fences are in no scene, so that a fitter which learned from the others
     can be tried on what it never saw: with `unseen` every top has one of the patterns, every street only such walls,
     and the rest are about. Without, one person in five leans, bends and spreads their limbs as people in photos do.
     """

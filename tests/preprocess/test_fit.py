@@ -76,6 +76,12 @@ def test_shipped_figures_are_those_of_the_shipped_weights(fitter: Fitter) -> Non
     assert abs(measured["front_back"] - shipped["front_back"]) < 0.02
 
 
+def test_shipped_weights_reach_their_target() -> None:
+    shipped = json.loads((ASSETS / "fitter.json").read_text())
+    assert shipped["mpjpe_mm"] <= 85 and shipped["pve_mm"] <= 80 and shipped["joints2d_px"] <= 4
+    assert shipped["yaw_median_deg"] <= 9 and shipped["front_back"] <= 0.04 and shipped["doubted"] >= 0.6
+
+
 def test_evaluation_of_perfect_and_of_wrong_answers() -> None:
     truth = [RenderedBatches(1, 64, HELD_OUT + i)[0] for i in range(2)]
 
@@ -103,7 +109,7 @@ def test_evaluation_of_perfect_and_of_wrong_answers() -> None:
     assert perfect["joints2d_px"] < 1.5  # the weak camera against the true one
     assert 0.85 < perfect["iou"] < 1  # as are skirts against thick legs
     turned = evaluate(Answer(torch.pi / 6, 0.0), 128, workers=0)
-    assert turned["yaw_median_deg"] == pytest.approx(30, abs=0.5) and turned["front_back"] == 0
+    assert turned["yaw_median_deg"] == pytest.approx(30, abs=0.2) and turned["front_back"] == 0
     assert turned["pa_mpjpe_mm"] == 0 < turned["mpjpe_mm"] < turned["pve_mm"] * 1.5
     back = evaluate(Answer(torch.pi, 0.0), 128, workers=0)
     assert back["front_back"] == 1 and back["bad"] > 0.5
@@ -214,6 +220,8 @@ def test_held_out_crops_are_never_trained_on() -> None:
             train(recipe, Path("unused"), workers=0)
     with pytest.raises(ValueError, match="batch must be a multiple of processes, got 5 and 2"):
         train(Recipe(batch=5), Path("unused"), workers=0)
+    with pytest.raises(ValueError, match="fall must be above 0 and at most 1, got 0"):
+        train(Recipe(fall=0), Path("unused"), workers=0)
 
 
 def test_held_out_crops_show_what_training_does_not(batch: Batch) -> None:
@@ -336,7 +344,7 @@ def test_folding_changes_no_result(fitter: EmbeddedFitter, batch) -> None:
     with torch.no_grad():
         for a, b in zip(plain.eval()(x), fitter.regressor(x), strict=True):
             for one, other in zip(a, b, strict=True):
-                torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)
+                torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fitter.regressor.modules())
 
 
@@ -359,12 +367,12 @@ def test_confidence_tells_bad_fits_from_good_ones(fitter: EmbeddedFitter) -> Non
     error, sure = (torch.cat([row[name] for row in rows]) for name in ("pve", "confidence"))
     assert ((sure >= 0) & (sure <= 1)).all()
     bad, doubted = error > 0.15, sure <= sure.quantile(0.2)
-    assert bad.sum() >= 15
+    assert 15 <= bad.sum() <= 60
     assert (bad & doubted).sum() >= 0.6 * bad.sum()
     assert error[sure < 0.5].mean() > 1.5 * error[sure > 0.95].mean()
     # It is a share of good fits.
     assert float((~bad).float().mean()) == pytest.approx(float(sure.mean()), abs=0.04)
-    assert float((~bad)[sure > 0.9].float().mean()) == pytest.approx(float(sure[sure > 0.9].mean()), abs=0.04)
+    assert float((~bad)[sure > 0.9].float().mean()) == pytest.approx(float(sure[sure > 0.9].mean()), abs=0.03)
 
 
 def test_confidence_is_a_logistic_regression(fitter: EmbeddedFitter, batch: Batch) -> None:

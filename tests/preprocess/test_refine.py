@@ -214,7 +214,7 @@ def test_masks_bring_silhouettes_together(
     sources = load_keypoints(folder / "keypoints.npz"), load_masks(folder / "masks.npz")
     _, by_mask = Refiner(fitter.body, masks=sources[1])(fit.select(some), crops, names)
     before, after = (np.mean([row[f"iou_{when}"] for row in by_mask]) for when in ("before", "after"))
-    assert before < 0.8 and after > 0.85
+    assert before < 0.75 and after > 0.85
     both, by_both = Refiner(fitter.body, *sources)(fit.select(some), crops, names)
     assert all(len(row) == 4 for row in by_both)
     assert np.mean([row["iou_after"] for row in by_both]) > 0.85
