@@ -41,11 +41,11 @@ LOOSE = {"neck": 0.3, "mid_hip": 0.3, "right_hip": 0.5, "left_hip": 0.5, "right_
 
 # Standard deviations: lengths in half crop heights, as cameras have them; rotations by the entries of their matrices.
 KEYPOINT = 0.02
-SILHOUETTE = 0.0016  # of the root mean square over all vertices or all of the outline
-ROOT_TURN, TURN = 0.4, 0.6  # from the fit that is refined
+SILHOUETTE = 0.003  # of the root mean square over all vertices or all of the outline
+TURN = 0.15  # from the fit that is refined: about as far as the embedded fitter is off
 PRIOR_FLOOR = 0.2  # of the 6-D rotations in any direction, as people do more than walk and stand
 BENT = 0.1  # the wrong way
-SHAPE, CLOTHED_SHAPE = 1.0, 4.0  # of the betas; a silhouette shows clothes too, which only they can fill
+SHAPE = 1.0  # of the betas
 CLOTHES_CHANGE = 1.0  # of the betas of clothes
 OUTLIER = 0.3  # half crop heights where the robust loss flattens, all but none while the camera is sought
 FIRST_OUTLIER = 1.0
@@ -291,7 +291,7 @@ class Refiner:
         scale, pelvis, shift = posed.place[:, None, :1].exp(), joints[:, :1, :2], posed.place[:, None, 1:]
         outlier = FIRST_OUTLIER if heading else OUTLIER
         turned = ((rotmats - rotation_6d_to_matrix(torch.cat([start.root, start.pose], 1))) ** 2).sum((2, 3))
-        total = turned[:, 0] / (2 * ROOT_TURN**2)
+        total = turned[:, 0] / (2 * TURN**2)
         if known.points is not None and known.weight is not None:
             seen = scale * (self.landmarks(rotation, joints, posed.betas)[..., :2] - pelvis) + shift
             trust = known.weight * (self.landmarks.torso if heading else self.landmarks.weight)
@@ -303,9 +303,8 @@ class Refiner:
         if heading:
             return total
         usual = (rotmats[:, 1:, :, :2].flatten(1) - self.mean) @ self.whiten
-        shape = SHAPE if known.mask is None else CLOTHED_SHAPE
         person, change = posed.betas[:, :NUM_BETAS], (posed.betas - start.betas) ** 2
-        betas = (person**2 + change[:, :NUM_BETAS]).sum(1) / (2 * shape**2)
+        betas = (person**2 + change[:, :NUM_BETAS]).sum(1) / (2 * SHAPE**2)
         betas = betas + change[:, NUM_BETAS:].sum(1) / (2 * CLOTHES_CHANGE**2)
         return (
             total
