@@ -106,7 +106,7 @@ class Body(nn.Module):
 
     def joints(self, rotmats: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
         """World rotations (B,24,3,3) and positions (B,24,3) of the joints: forward kinematics alone, no vertices."""
-        rest = self._rest_joints(betas)
+        rest = self.rest_joints(betas)
         rotation, position = [rotmats[:, 0]], [rest[:, 0]]
         for j in range(1, NUM_JOINTS):
             p = self.parents[j]
@@ -115,7 +115,8 @@ class Body(nn.Module):
             rotation.append(rotation[p] @ rotmats[:, j])
         return torch.stack(rotation, 1), torch.stack(position, 1)
 
-    def _rest_joints(self, betas: Tensor) -> Tensor:
+    def rest_joints(self, betas: Tensor) -> Tensor:
+        """Positions (B,24,3) of the joints in the rest pose."""
         person = betas[:, :NUM_BETAS]  # clothes move no joint
         return self.j_template + torch.einsum("jck,bk->bjc", self.j_shapedirs[..., :NUM_BETAS], person)
 
@@ -136,7 +137,7 @@ class Body(nn.Module):
             wanted = f"({len(rotmats)}, {NUM_BETAS})"
             wanted += "" if self.num_betas == NUM_BETAS else f" or ({len(rotmats)}, {self.num_betas})"
             raise ValueError(f"betas must be {wanted} like rotmats, got {tuple(betas.shape)}")
-        rest = self._rest_joints(betas)
+        rest = self.rest_joints(betas)
         rotation, joints = self.joints(rotmats, betas)
         translation = joints - torch.einsum("bjik,bjk->bji", rotation, rest)
         transforms = torch.cat([rotation, translation[..., None]], -1).flatten(2)  # (B,24,12)

@@ -24,6 +24,7 @@ from reid3d.ops import rasterize
 from .body import JOINT_NAMES, NUM_JOINTS, Body, axis_angle_to_matrix, load_body, rotation_6d_to_matrix
 from .camera import check_crops, cut_window, project, project_joints
 from .hmr import INPUT_SIZE, Regressed, Regressor, Seen
+from .settle import Settler
 
 FORMAT = "reid3d-fitter-2"
 WEIGHTS = "fitter.safetensors"
@@ -229,7 +230,7 @@ class EmbeddedFitter(Fitter):
                 regressor, _ = load_regressor(embedded)
         else:
             regressor, _ = load_regressor(Path(weights))
-        self.regressor = regressor.fold()
+        self.regressor, self.settler = regressor.fold(), Settler(self.coarse)
 
     @torch.no_grad()
     def forward(self, crops: Sequence[np.ndarray], names: Sequence[str]) -> BodyFit:
@@ -252,7 +253,8 @@ class EmbeddedFitter(Fitter):
         out, seen = self.regressor(images)  # not in one batch with the mirrored, which a CPU's cache does not hold
         other, seen_too = self.regressor(images.flip(3))
         other, seen_too = mirror_body(other), mirror_seen(seen_too)
-        joints2d, mask = (seen.joints2d + seen_too.joints2d) / 2, seen.mask + seen_too.mask > 0
+        joints2d, spread = (seen.joints2d + seen_too.joints2d) / 2, (seen.spread + seen_too.spread) / 2
+        mask = seen.mask + seen_too.mask > 0
         joints, joints_too = (self.coarse.joints(o.rotmats, o.betas)[1] for o in (out, other))
         apart = (joints - joints[:, :1] - joints_too + joints_too[:, :1]).norm(dim=2).mean(1)
         # Where both agree, their mean. Else the one that is nearer to what is seen: between front and back is neither.
@@ -261,11 +263,12 @@ class EmbeddedFitter(Fitter):
         rotmats, betas, cam = (
             torch.lerp(a, b, share.view(-1, *[1] * (a.ndim - 1))) for a, b in zip(out, other, strict=True)
         )
-        rotmats = rotation_6d_to_matrix(rotmats[..., :2])
+        mean = Regressed(rotation_6d_to_matrix(rotmats[..., :2]), betas, cam)
+        rotmats, betas, cam = self.settler(mean, joints2d, spread, mask)
         posed, (height, width) = self.coarse(rotmats, betas), mask.shape[1:]
         shape = rasterize(project(posed.verts, cam, height, width), self.coarse.faces, height, width).face >= 0
         overlap = (shape & mask).sum((1, 2)) / (shape | mask).sum((1, 2)).clamp(min=1)
-        distances = apart, astray(cam, posed.joints, joints2d), (seen.spread + seen_too.spread).mean(1)
+        distances = apart, astray(cam, posed.joints, joints2d), spread.mean(1)
         signs = torch.stack([torch.ones_like(apart), overlap, *(d.clamp(min=1e-3).log() for d in distances)], 1)
         confidence = (signs @ self.regressor.trust).sigmoid()
         betas = betas if self.knows_betas else betas.new_zeros(len(betas), self.body.num_betas)

@@ -10,6 +10,7 @@ the length of the training. They also have clothes and places that training neve
 
 import argparse
 import json
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -60,7 +61,7 @@ class Recipe:
     then falls to 0 in the last `fall` of the steps.
     """
 
-    steps: int = 17000
+    steps: int = 15000
     batch: int = 128
     processes: int = 2
     lr: float = 2e-3
@@ -313,8 +314,10 @@ def train(recipe: Recipe, out: Path, workers: int, device: str = "cpu") -> None:
         )
     if not 0 < recipe.fall <= 1:
         raise ValueError(f"fall must be above 0 and at most 1, got {recipe.fall}")
-    if recipe.batch % recipe.processes:
-        raise ValueError(f"batch must be a multiple of processes, got {recipe.batch} and {recipe.processes}")
+    if recipe.batch % recipe.processes or recipe.batch < 2 * recipe.processes:
+        raise ValueError(
+            f"batch must be a multiple of processes, 2 crops or more for each, got {recipe.batch} and {recipe.processes}"
+        )
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, done = out / "checkpoint.pt", 0
     if checkpoint.exists():
@@ -337,6 +340,8 @@ def train(recipe: Recipe, out: Path, workers: int, device: str = "cpu") -> None:
 def _train(rank: int, recipe: Recipe, out: Path, workers: int, device: str, meeting: str | None) -> None:
     """What one of the processes does, the first of which also writes; meeting: where they find each other."""
     if meeting is not None:
+        # How the others hear that the first process is gone; where a shell began it in the background they are deaf to it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)
         torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=recipe.processes)
     body = own_body(load_body("low")).to(device)

@@ -218,8 +218,9 @@ def test_held_out_crops_are_never_trained_on() -> None:
     for recipe in (Recipe(steps=1 << RUN_BITS - 1), Recipe(steps=0), Recipe(seed=MEAN >> RUN_BITS)):
         with pytest.raises(ValueError, match="steps times processes must be in"):
             train(recipe, Path("unused"), workers=0)
-    with pytest.raises(ValueError, match="batch must be a multiple of processes, got 5 and 2"):
-        train(Recipe(batch=5), Path("unused"), workers=0)
+    for batch in (5, 2):
+        with pytest.raises(ValueError, match=f"multiple of processes, 2 crops or more for each, got {batch} and 2"):
+            train(Recipe(batch=batch), Path("unused"), workers=0)
     with pytest.raises(ValueError, match="fall must be above 0 and at most 1, got 0"):
         train(Recipe(fall=0), Path("unused"), workers=0)
 
