@@ -26,12 +26,15 @@ from .camera import check_crops, cut_window, project, project_joints
 from .hmr import INPUT_SIZE, Regressed, Regressor, Seen
 from .settle import Settler
 
-FORMAT = "reid3d-fitter-2"
+FORMAT = "reid3d-fitter-3"
 WEIGHTS = "fitter.safetensors"
 # Of the confidence of networks that see nothing else: metres between the joints of a crop and of its mirror image where
 # it is 1/2, and how it falls there.
 EVEN_ODDS, STEEPNESS = 0.14, 3.2
 AGREED = 0.14  # metres between the same: they are one pose
+STEPS, MORE = 2, 8  # of settling, and how many more where body and silhouette have an IoU below POOR
+POOR = 0.7
+HAS_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # the processor; emulated, it is slow
 _SIDES = {"left": "right", "right": "left"}
 _PARTS = [name.partition("_") for name in JOINT_NAMES]
 OTHER_SIDE = [JOINT_NAMES.index(_SIDES.get(side, side) + bar + joint) for side, bar, joint in _PARTS]
@@ -207,6 +210,8 @@ def load_regressor(path: Path) -> tuple[Regressor, dict[str, str]]:
 class EmbeddedFitter(Fitter):
     """Body and camera of each crop by a small regressor trained on synthetic people (train_fitter.py).
 
+    What it finds is moved to agree with the joints and the silhouette that it sees in the same crop (settle.py).
+
     The confidence is how likely the vertices are less than 150 mm off on average, by a logistic regression on how far
     the fits of a crop and of its mirror image, the joints that are seen and the silhouette agree
     (benchmarks/fitter.py holds it against the truth).
@@ -231,6 +236,8 @@ class EmbeddedFitter(Fitter):
         else:
             regressor, _ = load_regressor(Path(weights))
         self.regressor, self.settler = regressor.fold(), Settler(self.coarse)
+        settings = torch.tensor([AGREED, STEPS, MORE, POOR])
+        self.register_buffer("settings", settings, persistent=False)  # for the fingerprint
 
     @torch.no_grad()
     def forward(self, crops: Sequence[np.ndarray], names: Sequence[str]) -> BodyFit:
@@ -250,8 +257,9 @@ class EmbeddedFitter(Fitter):
         tall = [min(max(ratio * crop.shape[1] / crop.shape[0], 1.0), self.TALLEST) for crop in crops]
         windows = np.stack([cut_window(crop, INPUT_SIZE, t) for crop, t in zip(crops, tall, strict=True)])
         images = torch.from_numpy(windows).to(self.regressor.mean.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        out, seen = self.regressor(images)  # not in one batch with the mirrored, which a CPU's cache does not hold
-        other, seen_too = self.regressor(images.flip(3))
+        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16):  # as it was trained, in half the time
+            out, seen = self.regressor(images)  # not in one batch with the mirrored, which a CPU's cache does not hold
+            other, seen_too = self.regressor(images.flip(3))
         other, seen_too = mirror_body(other), mirror_seen(seen_too)
         joints2d, spread = (seen.joints2d + seen_too.joints2d) / 2, (seen.spread + seen_too.spread) / 2
         mask = seen.mask + seen_too.mask > 0
@@ -264,17 +272,26 @@ class EmbeddedFitter(Fitter):
             torch.lerp(a, b, share.view(-1, *[1] * (a.ndim - 1))) for a, b in zip(out, other, strict=True)
         )
         mean = Regressed(rotation_6d_to_matrix(rotmats[..., :2]), betas, cam)
-        rotmats, betas, cam = self.settler(mean, joints2d, spread, mask)
-        posed, (height, width) = self.coarse(rotmats, betas), mask.shape[1:]
-        shape = rasterize(project(posed.verts, cam, height, width), self.coarse.faces, height, width).face >= 0
-        overlap = (shape & mask).sum((1, 2)) / (shape | mask).sum((1, 2)).clamp(min=1)
-        distances = apart, astray(cam, posed.joints, joints2d), spread.mean(1)
+        body = self.settler(mean, joints2d, spread, mask, STEPS)
+        overlap = self._overlap(body, mask)
+        if (poor := (overlap < POOR).nonzero()[:, 0]).numel():
+            settled = self.settler(body.select(poor), joints2d[poor], spread[poor], mask[poor], MORE)
+            body = Regressed(*(part.index_copy(0, poor, new) for part, new in zip(body, settled, strict=True)))
+            overlap = overlap.index_copy(0, poor, self._overlap(settled, mask[poor]))
+        rotmats, betas, cam = body
+        distances = apart, astray(cam, self.coarse.joints(rotmats, betas)[1], joints2d), spread.mean(1)
         signs = torch.stack([torch.ones_like(apart), overlap, *(d.clamp(min=1e-3).log() for d in distances)], 1)
         confidence = (signs @ self.regressor.trust).sigmoid()
         betas = betas if self.knows_betas else betas.new_zeros(len(betas), self.body.num_betas)
         posed = self.body(rotmats, betas)
         cam = torch.cat([cam[:, :1] * cam.new_tensor(tall)[:, None], cam[:, 1:]], 1)
         return BodyFit(posed.verts, cam, confidence, rotmats, betas, posed.joints), signs
+
+    def _overlap(self, body: Regressed, mask: Tensor) -> Tensor:
+        """IoU (B,) of the silhouettes of bodies and masks (B,H,W)."""
+        verts, (height, width) = self.coarse(body.rotmats, body.betas).verts, mask.shape[1:]
+        shape = rasterize(project(verts, body.cam, height, width), self.coarse.faces, height, width).face >= 0
+        return (shape & mask).sum((1, 2)) / (shape | mask).sum((1, 2)).clamp(min=1)
 
 
 class UprightFitter(Fitter):

@@ -37,6 +37,9 @@ class Regressed(NamedTuple):
     betas: Tensor
     cam: Tensor
 
+    def select(self, index: Tensor) -> "Regressed":
+        return Regressed(*(part[index] for part in self))
+
 
 class Residual(nn.Module):
     """Two 3x3 convolutions and a short-cut."""
@@ -176,5 +179,7 @@ class Regressor(nn.Module):
         return Regressed(rotation_6d_to_matrix(pose.view(-1, NUM_JOINTS, 3, 2)), betas, cam)
 
     def forward(self, x: Tensor) -> tuple[Regressed, Seen]:
-        features, seen = self.read(*self.maps_of(x))
-        return self.regress(features, seen.joints2d)[-1], seen
+        maps = self.maps_of(x)
+        with torch.autocast(x.device.type, enabled=False):  # the rest needs the digits
+            features, seen = self.read(*(part.float() for part in maps))
+            return self.regress(features, seen.joints2d)[-1], seen

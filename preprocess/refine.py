@@ -42,10 +42,10 @@ LOOSE = {"neck": 0.3, "mid_hip": 0.3, "right_hip": 0.5, "left_hip": 0.5, "right_
 # Standard deviations: lengths in half crop heights, as cameras have them; rotations by the entries of their matrices.
 KEYPOINT = 0.02
 SILHOUETTE = 0.003  # of the root mean square over all vertices or all of the outline
-TURN = 0.15  # from the fit that is refined: about as far as the embedded fitter is off
+SURE_TURN, DOUBTED_TURN = 0.15, 0.5  # from a fit of confidence 1, as the embedded fitter's are off, and of 0
 PRIOR_FLOOR = 0.2  # of the 6-D rotations in any direction, as people do more than walk and stand
 BENT = 0.1  # the wrong way
-SHAPE = 1.0  # of the betas
+SHAPE, CLOTHED_SHAPE = 1.0, 4.0  # of the betas; where no others are for the clothes of a silhouette, they fill it
 CLOTHES_CHANGE = 1.0  # of the betas of clothes
 OUTLIER = 0.3  # half crop heights where the robust loss flattens, all but none while the camera is sought
 FIRST_OUTLIER = 1.0
@@ -75,6 +75,7 @@ class Known:
     mask: Tensor | None = None  # (n,H,W) bool, in the upper left of the canvas
     distance: Tensor | None = None  # (n,H,W) to the mask
     outline: Tensor | None = None  # (n,P,2)
+    turn: Tensor | None = None  # (n,) variance of the rotations of the fits
 
     def select(self, index: Tensor) -> Known:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -173,6 +174,7 @@ class Refiner:
             chosen = torch.tensor([k == kind for k in kinds], device=fit.cam.device)
             known = self._known([found[i] for i in group], [crops[i].shape for i in group])
             old = fit.select(chosen)
+            known = replace(known, turn=DOUBTED_TURN**2 + (SURE_TURN**2 - DOUBTED_TURN**2) * old.confidence)
             new = self._refine(old, known)
             fit = fit.replace(chosen, new)
             for when, bodies in (("before", old), ("after", new)):
@@ -220,7 +222,7 @@ class Refiner:
         assert fit.rotmats is not None and fit.betas is not None
         first = start = now = self._posed(fit.rotmats, fit.betas, fit.cam)
         if known.points is not None:
-            points = Known(known.points, known.weight)
+            points = Known(known.points, known.weight, turn=known.turn)
             n = len(fit.cam)
             both = torch.arange(n, device=fit.cam.device).repeat(2)
             start = Posed(*map(torch.cat, zip(first, self._facing_away(fit, points), strict=True)))
@@ -286,12 +288,13 @@ class Refiner:
 
         start: the fits that they stay near. heading: only what tells of camera and heading, from farther away.
         """
+        assert known.turn is not None
         rotmats = rotation_6d_to_matrix(torch.cat([posed.root, posed.pose], 1))
         rotation, joints = self.coarse.joints(rotmats, posed.betas)
         scale, pelvis, shift = posed.place[:, None, :1].exp(), joints[:, :1, :2], posed.place[:, None, 1:]
         outlier = FIRST_OUTLIER if heading else OUTLIER
         turned = ((rotmats - rotation_6d_to_matrix(torch.cat([start.root, start.pose], 1))) ** 2).sum((2, 3))
-        total = turned[:, 0] / (2 * TURN**2)
+        total = turned[:, 0] / (2 * known.turn)
         if known.points is not None and known.weight is not None:
             seen = scale * (self.landmarks(rotation, joints, posed.betas)[..., :2] - pelvis) + shift
             trust = known.weight * (self.landmarks.torso if heading else self.landmarks.weight)
@@ -304,11 +307,12 @@ class Refiner:
             return total
         usual = (rotmats[:, 1:, :, :2].flatten(1) - self.mean) @ self.whiten
         person, change = posed.betas[:, :NUM_BETAS], (posed.betas - start.betas) ** 2
-        betas = (person**2 + change[:, :NUM_BETAS]).sum(1) / (2 * SHAPE**2)
+        shape = SHAPE if known.mask is None or posed.betas.shape[1] > NUM_BETAS else CLOTHED_SHAPE
+        betas = (person**2 + change[:, :NUM_BETAS]).sum(1) / (2 * shape**2)
         betas = betas + change[:, NUM_BETAS:].sum(1) / (2 * CLOTHES_CHANGE**2)
         return (
             total
-            + turned[:, 1:].sum(1) / (2 * TURN**2)
+            + turned[:, 1:].sum(1) / (2 * known.turn)
             + (usual**2).sum(1) / 2
             + betas
             + (overbent(rotmats) ** 2).sum(1) / (2 * BENT**2)

@@ -3,32 +3,43 @@
 A regressed body is nearly right, but off by more pixels than the joints and the silhouette that are seen in the same
 crop. Source: the term E_J of Bogo et al., "Keep it SMPL", 2016, as in refine.py, which has other evidence, more priors
 and more time; silhouettes by the nearest points of both sides, as closest points are iterated in Besl and McKay,
-"A Method for Registration of 3-D Shapes", 1992. The derivatives of the skinned body are by hand.
+"A Method for Registration of 3-D Shapes", 1992. The steps are damped, and their derivatives by hand. Lengths are in
+half heights of the window that the network sees.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reid3d.ops import farthest_point_sample, knn
 
-from .body import CLOTHES, JOINT_NAMES, NUM_BETAS, NUM_JOINTS, Body, axis_angle_to_matrix, some_vertices
+from .body import (
+    CLOTHES,
+    JOINT_NAMES,
+    NUM_BETAS,
+    NUM_JOINTS,
+    Body,
+    axis_angle_to_matrix,
+    rotation_6d_to_matrix,
+    some_vertices,
+)
 from .hmr import Regressed
 
-STEPS = 2
 VERTICES, OUTLINE = 112, 80  # of the body and of the silhouette's edge that are compared
 STIFF = ("ankle", "foot", "wrist", "hand")  # too small to be seen turning
-# Standard deviations; lengths in half crop heights, as cameras have them.
+# Standard deviations.
 JOINT = 0.03  # of a joint that is seen as clearly as any
 CLEAR = 0.09  # its spread
-SILHOUETTE = 0.007  # of the root mean square over all vertices or all of the outline
-TURN, CLOTHES_CHANGE, ZOOM, SHIFT = 0.07, 0.7, 0.1, 0.1  # of a step: radians, betas, logarithm of the scale, lengths
-OUTLIER = 0.2  # where a distance begins to count less
+SILHOUETTE = 0.006  # of the root mean square over all vertices or all of the outline
+STEP = {"turn": 0.07, "clothes": 0.7, "zoom": 0.1, "shift": 0.1}  # radians, betas, logarithm of the scale, lengths
+FAR = 0.2  # where a distance begins to count less
+REACH = 0.02  # metres of skin around a vertex, which itself need not be at the outline
 
 
 class Settler(nn.Module):
     """Moves bodies to where joints and silhouettes are seen; the betas of the person stay.
 
-    body: with betas of clothes.
+    body: with betas of clothes and without pose correctives, as the embedded one is.
     """
 
     below: Tensor
@@ -39,31 +50,37 @@ class Settler(nn.Module):
         super().__init__()
         self.body = some_vertices(body, farthest_point_sample(body.v_template[None], VERTICES)[0])
         self.free = [j for j, name in enumerate(JOINT_NAMES) if name.split("_")[-1] not in STIFF]
-        below = torch.eye(NUM_JOINTS)
+        below = torch.eye(NUM_JOINTS, device=body.v_template.device)
         for joint in range(NUM_JOINTS - 1, 0, -1):
             below[body.parents[joint]] += below[joint]
-        self.register_buffer("below", below[self.free], persistent=False)  # (J,24): 1 where one moves with the other
+        self.register_buffer(
+            "below", below[self.free], persistent=False
+        )  # (J,24): 1 where the second moves as the first turns
         # Joints are points like any other, each carried by itself.
-        weights = torch.cat([torch.eye(NUM_JOINTS), self.body.weights.T], 1)
+        weights = torch.cat([torch.eye(NUM_JOINTS).to(below), self.body.weights.T], 1)
         self.register_buffer("weights", weights, persistent=False)  # (24,P)
-        sigmas = [TURN] * 3 * len(self.free) + [CLOTHES_CHANGE] * len(CLOTHES) + [ZOOM, SHIFT, SHIFT]
-        self.register_buffer("firmness", torch.tensor(sigmas) ** -2, persistent=False)
+        sigmas = [STEP["turn"]] * 3 * len(self.free) + [STEP["clothes"]] * len(CLOTHES)
+        sigmas += [STEP["zoom"], STEP["shift"], STEP["shift"]]
+        self.register_buffer("firmness", below.new_tensor(sigmas) ** -2, persistent=False)
+        # The rest of what decides the outcome, for Fitter.fingerprint.
+        settings = below.new_tensor([OUTLINE, JOINT, CLEAR, SILHOUETTE, FAR, REACH])
+        self.register_buffer("settings", settings, persistent=False)
 
-    def forward(self, fit: Regressed, joints2d: Tensor, spread: Tensor, mask: Tensor) -> Regressed:
+    def forward(self, fit: Regressed, joints2d: Tensor, spread: Tensor, mask: Tensor, steps: int) -> Regressed:
         """Settle B bodies.
 
-        joints2d, spread: (B,24,2), (B,24), see hmr.Seen. mask: (B,H,W) bool; one that shows nobody moves nothing.
+        joints2d, spread: (B,24,2), (B,24), see hmr.Seen. mask: (B,H,W) bool; an empty one has no say.
         """
         outline = outline_of(mask)
-        for _ in range(STEPS):
+        for _ in range(steps):
             posed = self.body.joints(fit.rotmats, fit.betas)
             seen, jacobian = self._points(fit, *posed)
-            target, weight = _targets(seen, joints2d, spread, mask, outline)
+            target, weight = _targets(seen, fit.cam[:, :1], joints2d, spread, mask, outline)
             root = weight.sqrt()[:, None].repeat(1, 1, 2)
             jacobian *= root
             normal = jacobian @ jacobian.mT
             normal.diagonal(dim1=1, dim2=2).add_(self.firmness)
-            gradient = jacobian @ (root * (target - seen).mT.reshape(len(seen), 1, -1)).mT
+            gradient = jacobian @ (root * (target - seen).mT.flatten(1)[:, None]).mT
             change = torch.cholesky_solve(gradient, torch.linalg.cholesky_ex(normal)[0])[..., 0]
             fit = self._moved(fit, *posed, change)
         return fit
@@ -105,7 +122,8 @@ class Settler(nn.Module):
         turns[:, self.free] = turn.unflatten(1, (3, -1)).mT
         root = torch.eye(3, device=turn.device).expand(len(turn), 1, 3, 3)
         parent = torch.cat([root, rotation[:, self.body.parents[1:]]], 1)
-        rotmats = parent.mT @ axis_angle_to_matrix(turns) @ parent @ fit.rotmats
+        rotmats = axis_angle_to_matrix((parent.mT @ turns[..., None])[..., 0]) @ fit.rotmats
+        rotmats = rotation_6d_to_matrix(rotmats[..., :2])  # else rounding adds up along the limbs
         betas = torch.cat([fit.betas[:, :NUM_BETAS], fit.betas[:, NUM_BETAS:] + clothes], 1)
         pelvis, old = joints[:, 0, :2], fit.cam[:, :1]
         scale, place = old * zoom.exp(), old * (pelvis + fit.cam[:, 1:]) + shift
@@ -129,32 +147,36 @@ def outline_of(mask: Tensor) -> Tensor:
     rank = torch.cat(ends, 1).cumsum(1)
     count = rank[:, -1:]
     wanted = ((torch.arange(OUTLINE, device=mask.device) + 0.5) * count / OUTLINE).long() + 1
-    points = torch.cat(places)[torch.searchsorted(rank, wanted).clamp(max=rank.shape[1] - 1)]
+    points = torch.cat(places).float()[torch.searchsorted(rank, wanted).clamp(max=rank.shape[1] - 1)]
     return torch.where(count[..., None] > 0, points, 1e3)
 
 
-def _targets(seen: Tensor, joints2d: Tensor, spread: Tensor, mask: Tensor, outline: Tensor) -> tuple[Tensor, Tensor]:
+def _targets(
+    seen: Tensor, scale: Tensor, joints2d: Tensor, spread: Tensor, mask: Tensor, outline: Tensor
+) -> tuple[Tensor, Tensor]:
     """Where the points (B,P,2) should be, and with which weights (B,P)."""
     joints, verts = seen[:, :NUM_JOINTS], seen[:, NUM_JOINTS:].contiguous()
     height, width = mask.shape[1:]
-    edge = seen.new_tensor([width / height, 1.0])
-    inside = (seen.abs() < edge).all(2)  # beyond the crop nothing is seen
+    inside = (seen.abs() < seen.new_tensor([width / height, 1.0])).all(2)  # beyond the crop nothing is seen
     clear = (CLEAR / spread).clamp(max=1) ** 2 * _share(((joints2d - joints) ** 2).sum(2)) * inside[:, :NUM_JOINTS]
     # A vertex beyond the silhouette should be on its outline, and the nearest vertex of a point of the outline there.
     size = torch.tensor([width, height], device=mask.device)
     column, row = ((verts * height + size) / 2).long().clamp(min=0).minimum(size - 1).unbind(2)
     beyond = inside[:, NUM_JOINTS:] & ~mask.flatten(1).gather(1, row * width + column)
     inwards, outwards = knn(verts, outline, 1), knn(outline, verts, 1)
-    push = beyond * _share(inwards.dist2[..., 0]) / verts.shape[1]
-    pull = _share(outwards.dist2[..., 0]) / outline.shape[1]
-    pulled = outwards.idx[..., 0]
-    weight = push.scatter_add(1, pulled, pull)
-    aim = push[..., None] * outline.gather(1, inwards.idx.expand(-1, -1, 2))
-    aim = aim.scatter_add(1, pulled[..., None].expand(-1, -1, 2), pull[..., None] * outline)
-    aim = torch.where(weight[..., None] > 0, aim / weight[..., None], verts)
-    return torch.cat([joints2d, aim], 1), torch.cat([clear / JOINT**2, weight / SILHOUETTE**2], 1)
+    push = (beyond * _share(inwards.dist2[..., 0]) / verts.shape[1])[..., None]
+    pull = (_share(outwards.dist2[..., 0]) / outline.shape[1])[..., None]
+    to_vertex = outwards.idx.expand(-1, -1, 2)
+    gap = 1 - REACH * scale[..., None] / outwards.dist2.sqrt().clamp(min=1e-6)
+    wanted = torch.lerp(verts.gather(1, to_vertex), outline, gap.clamp(min=0))
+    # As products with 0 and 1, whose sums no device takes in another order each time.
+    mine = F.one_hot(outwards.idx[..., 0], verts.shape[1]).to(seen).mT
+    weight = push + mine @ pull
+    aim = push * outline.gather(1, inwards.idx.expand(-1, -1, 2)) + mine @ (pull * wanted)
+    aim = torch.where(weight > 0, aim / weight, verts)
+    return torch.cat([joints2d, aim], 1), torch.cat([clear / JOINT**2, weight[..., 0] / SILHOUETTE**2], 1)
 
 
 def _share(square: Tensor) -> Tensor:
     """How much a squared distance counts: the weight of Geman and McClure's loss, see refine.robust."""
-    return (OUTLIER**2 / (square + OUTLIER**2)) ** 2
+    return (FAR**2 / (square + FAR**2)) ** 2

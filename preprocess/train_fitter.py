@@ -316,7 +316,8 @@ def train(recipe: Recipe, out: Path, workers: int, device: str = "cpu") -> None:
         raise ValueError(f"fall must be above 0 and at most 1, got {recipe.fall}")
     if recipe.batch % recipe.processes or recipe.batch < 2 * recipe.processes:
         raise ValueError(
-            f"batch must be a multiple of processes, 2 crops or more for each, got {recipe.batch} and {recipe.processes}"
+            "batch must be a multiple of processes, 2 crops or more for each, "
+            f"got {recipe.batch} and {recipe.processes}"
         )
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, done = out / "checkpoint.pt", 0
@@ -340,7 +341,7 @@ def train(recipe: Recipe, out: Path, workers: int, device: str = "cpu") -> None:
 def _train(rank: int, recipe: Recipe, out: Path, workers: int, device: str, meeting: str | None) -> None:
     """What one of the processes does, the first of which also writes; meeting: where they find each other."""
     if meeting is not None:
-        # How the others hear that the first process is gone; where a shell began it in the background they are deaf to it.
+        # So they hear when the one that started them is gone; in the background of a shell they would ignore it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)
         torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=recipe.processes)
@@ -387,7 +388,7 @@ def _train(rank: int, recipe: Recipe, out: Path, workers: int, device: str, meet
             mean /= recipe.processes
             for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)  # nearly always: every batch counts alike
         optimizer.step()
         running = value.item() if step == done + 1 else 0.98 * running + 0.02 * value.item()
         if rank == 0 and (step % CHECKPOINT_EVERY == 0 or step == recipe.steps):

@@ -78,7 +78,9 @@ def test_shipped_figures_are_those_of_the_shipped_weights(fitter: Fitter) -> Non
 
 def test_shipped_weights_reach_their_target() -> None:
     shipped = json.loads((ASSETS / "fitter.json").read_text())
-    assert shipped["mpjpe_mm"] <= 85 and shipped["pve_mm"] <= 80 and shipped["joints2d_px"] <= 4
+    assert (
+        shipped["mpjpe_mm"] <= 80 and shipped["pve_mm"] <= 80 and shipped["joints2d_px"] <= 4 and shipped["iou"] >= 0.8
+    )
     assert shipped["yaw_median_deg"] <= 9 and shipped["front_back"] <= 0.04 and shipped["doubted"] >= 0.6
 
 
@@ -136,7 +138,7 @@ def test_loss_is_least_at_the_truth(batch: Batch) -> None:
     seen = Seen(40.0 * truth.silhouette - 20, truth.joints2d, torch.zeros(16, 24), maps)
     right = Regressed(truth.rotmats, truth.betas, truth.cam)
     least = loss(body, [right] * 3, seen, truth)
-    assert float(least - loss_of_seen(seen, truth)) == pytest.approx(0, abs=1e-4)
+    assert float(least - train_fitter.OF_SEEN * loss_of_seen(seen, truth)) == pytest.approx(0, abs=1e-4)
     turned = axis_angle_to_matrix(torch.tensor([0.0, 0.3, 0.0])) @ truth.rotmats
     for wrong in (
         right._replace(rotmats=turned),
@@ -256,12 +258,40 @@ def test_fit_lands_on_the_person(fitter: Fitter, batch: Batch) -> None:
     assert error.mean() < 8
 
 
-def test_fit_of_a_mirrored_crop_is_mirrored(fitter: EmbeddedFitter, batch: Batch) -> None:
-    fit, mirrored = fit_images(fitter, batch.images), fit_images(fitter, batch.images.flip(2).contiguous())
+class Still(torch.nn.Module):
+    """Settles nothing."""
+
+    def forward(self, body: Regressed, *seen_and_steps: object) -> Regressed:
+        return body
+
+
+def test_fit_of_a_mirrored_crop_is_mirrored(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitter, mirrored_images = EmbeddedFitter(), batch.images.flip(2).contiguous()
+    settled, settled_mirrored = fit_images(fitter, batch.images), fit_images(fitter, mirrored_images)
+    monkeypatch.setattr(fitter, "settler", Still())
+    fit, mirrored = fit_images(fitter, batch.images), fit_images(fitter, mirrored_images)
     torch.testing.assert_close(mirrored.rotmats, mirror(fit.rotmats), atol=1e-3, rtol=0)
     torch.testing.assert_close(mirrored.cam, fit.cam * torch.tensor([1.0, -1.0, 1.0]), atol=1e-3, rtol=0)
     torch.testing.assert_close(mirrored.betas, fit.betas, atol=1e-3, rtol=0)
     torch.testing.assert_close(mirrored.confidence, fit.confidence, atol=0.05, rtol=0)  # silhouettes are made of pixels
+    # The vertices that are settled are not mirror images of each other: that leaves about a degree.
+    off = (settled_mirrored.rotmats - mirror(settled.rotmats)).norm(dim=(2, 3)).mean()
+    assert off < 0.03 and 0.02 < (settled.rotmats - fit.rotmats).norm(dim=(2, 3)).mean()
+
+
+def test_settling_brings_fits_to_what_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitter, batch = EmbeddedFitter(), RenderedBatches(1, 64, HELD_OUT + 30_000)[0]
+    crops = list(batch.images.numpy())
+    settled, signs = fitter.fit(crops)
+    monkeypatch.setattr(fitter, "settler", Still())
+    plain, signs_before = fitter.fit(crops)
+    after, before = measure(fitter, settled, batch), measure(fitter, plain, batch)
+    assert after["iou"].mean() > before["iou"].mean() + 0.02
+    assert after["joints2d"].mean() < before["joints2d"].mean() and after["mpjpe"].mean() < before["mpjpe"].mean()
+    # The second sign is the IoU with the silhouette that is seen. Where it is poor, there are more steps.
+    assert signs[:, 1].mean() > signs_before[:, 1].mean() + 0.02
+    poor = signs_before[:, 1] < 0.65
+    assert poor.any() and (signs[poor, 1] > signs_before[poor, 1] + 0.05).all()
 
 
 def test_what_is_seen_in_a_mirror_comes_back(batch: Batch) -> None:
@@ -327,7 +357,8 @@ def test_camera_counts_from_the_centre_of_odd_crops(height: int, width: int, mon
             column = (weight.sum(1) * (torch.arange(64) + 0.5)).sum(1)
             cam = torch.stack([torch.ones(len(x)), (column - 32) / 64, (row - 64) / 64], 1)
             shapes = (64, 32), (24, 2), (24,), (24, 512)
-            seen = Seen(*(torch.ones(len(x), *shape) for shape in shapes))
+            nothing = (torch.full((len(x), *shape), v) for shape, v in zip(shapes, (-1.0, 1e3, 1.0, 0.0), strict=True))
+            seen = Seen(*nothing)
             return Regressed(torch.eye(3).repeat(len(x), 24, 1, 1), torch.zeros(len(x), 15), cam), seen
 
     monkeypatch.setattr(fitter, "regressor", Spot())
