@@ -108,6 +108,14 @@ def test_published_figures_of_worlds():
         assert hard[kind]["rank1"] <= standard[kind]["rank1"] / 2
 
 
+def test_published_figures_of_bodies():
+    data = json.loads((RESULTS / "bodies-cpu.json").read_text())
+    check_origin(data)
+    world = data["worlds"]["standard"]
+    true, fitted, upright = (world[f"ognet_small{of}"]["mAP"] for of in ("_on_true_bodies", "", "_on_upright_bodies"))
+    assert upright + 0.05 < fitted < true
+
+
 def test_a_short_run(device, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "SIZES", SMALL)
     monkeypatch.setattr(timing, "ROUNDS", 3)
