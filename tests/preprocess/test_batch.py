@@ -457,7 +457,7 @@ def test_evidence_refines_the_fits_and_what_is_broken_is_listed(tmp_path):
     refined = [r for r in records if "iou_after" in r.quality]
     assert len(refined) == len(records) - 1 and without not in [r.name for r in refined]
     before, after = (np.mean([r.quality[f"iou_{when}"] for r in refined]) for when in ("before", "after"))
-    assert after > before + 0.1 and after > 0.8
+    assert after > before + 0.04 and after > 0.8
     assert report.quality.means["iou_after"] == pytest.approx(after, abs=1e-3)
     with pytest.raises(ValueError, match="refine was None, is "):
         convert_folder(src, tmp_path / "plain", shard_size=8, progress=False)
