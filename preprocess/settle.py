@@ -53,9 +53,8 @@ class Settler(nn.Module):
         below = torch.eye(NUM_JOINTS, device=body.v_template.device)
         for joint in range(NUM_JOINTS - 1, 0, -1):
             below[body.parents[joint]] += below[joint]
-        self.register_buffer(
-            "below", below[self.free], persistent=False
-        )  # (J,24): 1 where the second moves as the first turns
+        # (J,24): 1 where the second moves as the first turns.
+        self.register_buffer("below", below[self.free], persistent=False)
         # Joints are points like any other, each carried by itself.
         weights = torch.cat([torch.eye(NUM_JOINTS).to(below), self.body.weights.T], 1)
         self.register_buffer("weights", weights, persistent=False)  # (24,P)

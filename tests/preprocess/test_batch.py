@@ -445,7 +445,7 @@ def test_evidence_refines_the_fits_and_what_is_broken_is_listed(tmp_path):
     without, broken = truth["names"][0], truth["names"][1]
     (tmp_path / "masks" / without).with_suffix(".png").unlink()
     (tmp_path / "masks" / broken).with_suffix(".png").write_bytes(b"no picture")
-    recipe = Recipe(refine=(tmp_path / "masks",))
+    recipe = Recipe(fitter="mean", refine=(tmp_path / "masks",))
     for workers in (1, 2):
         report = convert_folder(src, tmp_path / str(workers), recipe, shard_size=8, workers=workers, progress=False)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
@@ -457,7 +457,7 @@ def test_evidence_refines_the_fits_and_what_is_broken_is_listed(tmp_path):
     refined = [r for r in records if "iou_after" in r.quality]
     assert len(refined) == len(records) - 1 and without not in [r.name for r in refined]
     before, after = (np.mean([r.quality[f"iou_{when}"] for r in refined]) for when in ("before", "after"))
-    assert after > before + 0.04 and after > 0.8
+    assert after > before + 0.1 and after > 0.8
     assert report.quality.means["iou_after"] == pytest.approx(after, abs=1e-3)
     with pytest.raises(ValueError, match="refine was None, is "):
         convert_folder(src, tmp_path / "plain", shard_size=8, progress=False)

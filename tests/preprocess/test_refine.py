@@ -44,6 +44,16 @@ def fit(people: tuple[list[np.ndarray], Truth], fitter: EmbeddedFitter) -> BodyF
 
 
 @pytest.fixture(scope="module")
+def poor(fit: BodyFit, fitter: EmbeddedFitter) -> BodyFit:
+    """Fits that leave more to refine, as people in photos do."""
+    g = torch.Generator().manual_seed(0)
+    rotmats = axis_angle_to_matrix(torch.normal(0.0, 0.12, (COUNT, 24, 3), generator=g)) @ fit.rotmats
+    posed = fitter.body(rotmats, fit.betas)
+    cam = fit.cam + torch.normal(0.0, 0.02, fit.cam.shape, generator=g)
+    return BodyFit(posed.verts, cam, fit.confidence, rotmats, fit.betas, posed.joints)
+
+
+@pytest.fixture(scope="module")
 def coco(people: tuple[list[np.ndarray], Truth]) -> np.ndarray:
     """COCO keypoints (n,17,3) of the limbs, 1.5 pixels off."""
     keypoints = np.zeros((COUNT, 17, 3))
@@ -177,24 +187,24 @@ def test_layouts_name_the_same_points() -> None:
 
 
 def test_keypoints_bring_fits_to_the_truth(
-    people: tuple[list[np.ndarray], Truth], fitter: EmbeddedFitter, fit: BodyFit, folder: Path
+    people: tuple[list[np.ndarray], Truth], fitter: EmbeddedFitter, poor: BodyFit, folder: Path
 ) -> None:
     crops, truth = people
     refiner = Refiner(fitter.body, load_keypoints(folder / "keypoints.npz"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        refined, report = refiner(fit, crops, NAMES)
+        refined, report = refiner(poor, crops, NAMES)
         with torch.inference_mode():  # as a fitter may be called
-            again, _ = refiner(BodyFit(*(getattr(fit, name).clone() for name in FITTED)), crops, NAMES)
+            again, _ = refiner(BodyFit(*(getattr(poor, name).clone() for name in FITTED)), crops, NAMES)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(getattr(refined, name), getattr(again, name)) for name in FITTED)
     assert all(list(row) == ["error2d_before", "error2d_after"] for row in report)
     before, after = (np.mean([row[f"error2d_{when}"] for row in report]) for when in ("before", "after"))
     assert after < before / 2 and after < 1.5  # per cent
-    (space, plane), (new_space, new_plane) = joint_errors(fit, truth), joint_errors(refined, truth)
-    assert new_plane < min(1.7, 0.6 * plane) and new_space < 0.85 * space  # the keypoints are 1.9 pixels off themselves
+    (space, plane), (new_space, new_plane) = joint_errors(poor, truth), joint_errors(refined, truth)
+    assert new_plane < plane / 2 and new_space < 0.85 * space
     # All that is said of the bodies agrees.
     posed = fitter.body(refined.rotmats, refined.betas)
     torch.testing.assert_close(refined.verts, posed.verts)
@@ -203,25 +213,25 @@ def test_keypoints_bring_fits_to_the_truth(
     torch.testing.assert_close(identity, torch.eye(3).expand_as(identity), rtol=0, atol=1e-5)
     # Crops do not look at each other.
     few = torch.arange(COUNT) < 5
-    alone, _ = refiner(fit.select(few), crops[:5], NAMES[:5])
+    alone, _ = refiner(poor.select(few), crops[:5], NAMES[:5])
     torch.testing.assert_close(alone.joints, refined.joints[:5], rtol=0, atol=5e-3)
 
 
 def test_masks_bring_silhouettes_together(
-    people: tuple[list[np.ndarray], Truth], fitter: EmbeddedFitter, fit: BodyFit, folder: Path
+    people: tuple[list[np.ndarray], Truth], fitter: EmbeddedFitter, poor: BodyFit, folder: Path
 ) -> None:
     some = torch.arange(COUNT) < 24
     crops, names = people[0][:24], NAMES[:24]
     sources = load_keypoints(folder / "keypoints.npz"), load_masks(folder / "masks.npz")
-    _, by_mask = Refiner(fitter.body, masks=sources[1])(fit.select(some), crops, names)
+    _, by_mask = Refiner(fitter.body, masks=sources[1])(poor.select(some), crops, names)
     before, after = (np.mean([row[f"iou_{when}"] for row in by_mask]) for when in ("before", "after"))
-    assert after > 0.85 and after > before + 0.05
-    both, by_both = Refiner(fitter.body, *sources)(fit.select(some), crops, names)
+    assert before < 0.75 and after > 0.85
+    both, by_both = Refiner(fitter.body, *sources)(poor.select(some), crops, names)
     assert all(len(row) == 4 for row in by_both)
     assert np.mean([row["iou_after"] for row in by_both]) > 0.85
     assert np.mean([row["error2d_after"] for row in by_both]) < 1.8
     truth = Truth(*(value[:24] for value in vars(people[1]).values()))
-    assert joint_errors(both, truth)[0] < min(70, 0.95 * joint_errors(fit.select(some), truth)[0])
+    assert joint_errors(both, truth)[0] < 0.85 * joint_errors(poor.select(some), truth)[0]
 
 
 def test_masks_of_wide_and_of_cut_crops(fitter: EmbeddedFitter, people: tuple[list[np.ndarray], Truth]) -> None:
