@@ -97,7 +97,7 @@ setup(
         # smplx, for non-commercial use, is an oracle of the tests and nothing else.
         "test": [
             *("pytest", "hypothesis", "ruff", "mypy"),
-            *("torch-geometric", "trimesh", "ray[data]", "smplx", "h5py", "scipy"),
+            *("torch-geometric", "trimesh", "ray[data]", "smplx", "h5py", "scipy", "pytorch-metric-learning"),
         ],
         # What `reid3d bench` compares with. torch-cluster is built from source against the torch that is there, which
         # takes minutes and needs --no-build-isolation.
