@@ -6,6 +6,7 @@
 #include "ball_query.h"
 #include "edge_pool.h"
 #include "fps.h"
+#include "gated_pool.h"
 #include "group_max.h"
 #include "knn.h"
 #include "paint.h"
@@ -25,12 +26,17 @@ constexpr SlotKernels<T, S> kSlotKernels = {group_max<T, S>, edge_pool<T, S>, ad
 template <typename T>
 constexpr PoolKernels<T> kPoolKernels = {kSlotKernels<T, uint8_t>, kSlotKernels<T, int16_t>, add_edges<T>};
 
+template <typename T, typename S>
+constexpr GatedKernels<T, S> kGatedKernels = {gated_pool<T, S>, gated_pool_backward<T, S>};
+
 extern const Kernels kernels;
 const Kernels kernels = {
     REID3D_TEXT(REID3D_ISA), paint,
     rasterize,               kPointKernels<float>,
     kPointKernels<double>,   kPoolKernels<float>,
     kPoolKernels<double>,    kPoolKernels<Half>,
-    kPoolKernels<BFloat16>};
+    kPoolKernels<BFloat16>,  kGatedKernels<float, uint8_t>,
+    kGatedKernels<float, int16_t>, kGatedKernels<double, uint8_t>,
+    kGatedKernels<double, int16_t>};
 
 }  // namespace reid3d::REID3D_ISA

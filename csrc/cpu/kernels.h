@@ -86,6 +86,50 @@ struct PoolKernels {
   const SlotKernels<T, int16_t>& of(int16_t) const { return shorts; }
 };
 
+// gated_pool: clouds of n points with m groups of k pairs; h inner channels, of which `inner` are not padding, c outer
+// ones, r hidden ones of the gate, 0 where there is none.
+struct GatedShape {
+  int64_t n, m, k, h, inner, c, r;
+};
+// The outer weights times their signs in panels of 16 columns (inner,16), and without them as rows (c,h); the rest in rows
+// of h but q, panels (h,16), which is null where the moments have no gradient.
+template <typename T>
+struct GatedWeights {
+  const T *panels, *sign, *rows, *reduce, *reduce_bias, *expand, *expand_bias, *inner_mean, *q, *q0;
+};
+struct GatedMoments {
+  double *mean, *m2, *inner;
+};
+template <typename T>
+struct GatedGradient {
+  T *points, *centers, *reduce, *reduce_bias, *expand, *expand_bias, *weight, *square;
+};
+// Groups in a tile, and its rows, rounded up to a multiple of what any processor computes at a time.
+inline __attribute__((always_inline)) int64_t gated_groups(GatedShape size) { return size.k < 96 ? 96 / size.k : 1; }
+inline __attribute__((always_inline)) int64_t gated_rows(GatedShape size) {
+  return (gated_groups(size) * size.k + 47) / 48 * 48;
+}
+inline __attribute__((always_inline)) int64_t gated_scratch(GatedShape size) {
+  return gated_rows(size) * (5 * size.h + 2 * size.r + 16) + 64;
+}
+
+// Takes `count` more numbers, of which mean and squared differences are given, to those of `before` numbers.
+inline __attribute__((always_inline)) void merge_moments(double before, double count, double mean, double m2,
+                                                         double* all_mean, double* all_m2) {
+  const double difference = mean - *all_mean, share = count / (before + count);
+  *all_mean += difference * share;
+  *all_m2 += m2 + difference * difference * before * share;
+}
+
+template <typename T, typename S>
+struct GatedKernels {
+  void (*forward)(const T* points, const T* centers, const int64_t* idx, const GatedWeights<T>& weights,
+                  GatedShape size, int64_t begin, int64_t end, T* scratch, T* out, S* slot,
+                  const GatedMoments& moments);
+  void (*backward)(const T* grad_out, const T* points, const T* centers, const int64_t* idx, const S* slot,
+                   const GatedWeights<T>& weights, GatedShape size, T* scratch, const GatedGradient<T>& grad);
+};
+
 // What a street with a person is made of, in the order of the columns of preprocess/synth/paint.py.
 struct Quad {
   float x, z, dx, dz, width, bottom, top, kind, size, seed, before, colour[3], second[3];
@@ -146,6 +190,14 @@ struct Kernels {
   PoolKernels<BFloat16> pool_b;
   const PointKernels<float>& of(float) const { return f; }
   const PointKernels<double>& of(double) const { return d; }
+  GatedKernels<float, uint8_t> gated_f;
+  GatedKernels<float, int16_t> gated_fs;
+  GatedKernels<double, uint8_t> gated_d;
+  GatedKernels<double, int16_t> gated_ds;
+  const GatedKernels<float, uint8_t>& gated(float, uint8_t) const { return gated_f; }
+  const GatedKernels<float, int16_t>& gated(float, int16_t) const { return gated_fs; }
+  const GatedKernels<double, uint8_t>& gated(double, uint8_t) const { return gated_d; }
+  const GatedKernels<double, int16_t>& gated(double, int16_t) const { return gated_ds; }
   const PoolKernels<float>& pool(float) const { return pool_f; }
   const PoolKernels<double>& pool(double) const { return pool_d; }
   const PoolKernels<Half>& pool(Half) const { return pool_h; }

@@ -17,7 +17,7 @@
 
 #define REID3D_INLINE inline __attribute__((always_inline))
 // Before a short loop over an array of vectors: only where it is unrolled are they registers.
-#define REID3D_UNROLL _Pragma("GCC unroll 8")
+#define REID3D_UNROLL _Pragma("GCC unroll 16")
 
 namespace reid3d::REID3D_ISA {
 

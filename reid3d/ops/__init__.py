@@ -18,6 +18,7 @@ from . import pyg
 from .ball_query import ball_query, ball_query_reference
 from .edge_pool import EdgePool, edge_pool, edge_pool_reference
 from .fps import farthest_point_sample, farthest_point_sample_reference
+from .gated_pool import Gate, GatedPool, gated_pool, gated_pool_reference
 from .group_max import group_max, group_max_reference
 from .knn import KNN, knn, knn_reference
 from .morton import morton_order, morton_order_reference
@@ -26,6 +27,8 @@ from .transpose import TransposedGraph, transpose_graph, transpose_graph_referen
 
 __all__ = [
     "EdgePool",
+    "Gate",
+    "GatedPool",
     "Fragments",
     "KNN",
     "TransposedGraph",
@@ -36,6 +39,8 @@ __all__ = [
     "edge_pool_reference",
     "farthest_point_sample",
     "farthest_point_sample_reference",
+    "gated_pool",
+    "gated_pool_reference",
     "group_max",
     "group_max_reference",
     "knn",
