@@ -1,32 +1,69 @@
 """OG-Net: graph convolutions and PointNet++ set abstraction on coloured point clouds.
 
-Features are channels-last, (B, N, C). Three exact refactorings make the network affordable; none changes a parameter:
+Features are channels-last, (B, N, C). Exact refactorings make the network affordable; none changes a parameter:
 
 * the first linear layer on a pair of points, centre i and neighbour j, is a sum A_j + D_i of one projection per point;
-* the statistics that batch normalisation needs over all pairs follow from sums over points, since each A_j counts as
-  often as j is somebody's neighbour; so a graph convolution never forms a tensor over the edges;
-* batch normalisation and ReLU are monotone in each channel, so the maximum over neighbours is taken before them.
+* what batch normalisation, maximum and mean need over all edges of a graph convolution follows from maximum, minimum,
+  sum and sum of squares over each neighbourhood (``ops.edge_pool``), so no tensor over the edges is formed;
+* between the two normalisations of a branch all is done in tiles that stay in the cache (``ops.gated_pool``), and the
+  second, like the ReLU, is monotone in each channel, so that the maximum is taken before them;
+* points that were sampled are in the order of sampling, and sampling some of them takes the first.
 
 Source: Zheng et al., "Parameter-Efficient Person Re-identification in the 3D Space", TNNLS 2022, and the code published
-with it (layumi/person-reid-3d, ModelE_dense with the flags of its recipes), which decides where the two differ.
+with it (layumi/person-reid-3d, ModelE_dense with the flags of its recipes), which decides where the two differ, unless
+``preset="paper"`` is asked for.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from .head import Head, Output
 
 SLOPE = 0.2  # of every LeakyReLU
 BALLS = ((0.1, 8), (0.2, 16), (0.4, 32))  # radius in metres and points kept, the same at every stage
+HOLE = 1e-3  # squared metres around the origin where the published sampler picks no point
 EMBEDDING = 512
-PAIRS = 1 << 22  # numbers in a tensor over pairs of points, about
+
+
+class Form(NamedTuple):
+    """What is the same everywhere in a network: see the arguments of ``OGNet``."""
+
+    k: int
+    se: bool
+    mix: str
+    grouping: str
+    paper: bool
+
+
+class Graph(NamedTuple):
+    """The neighbours (B, N, k) of each point, and the same edges by where they end, for the gradient."""
+
+    idx: Tensor
+    transposed: ops.TransposedGraph | None
+
+
+def _graph(space: Tensor, k: int, order: Tensor | None = None) -> Graph:
+    idx = ops.knn(space, space, k, order=order).idx
+    return Graph(idx, ops.transpose_graph(idx, space.shape[1]) if torch.is_grad_enabled() else None)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and biased variance of the rows of x (B, N, C), and their number."""
+    mean = x.mean((0, 1))
+    return mean, (x - mean).square().mean((0, 1)), x.shape[0] * x.shape[1]
+
+
+def _exactly(x: Tensor, weight: Tensor) -> Tensor:
+    """Linear in the precision of x, with autocast or without: for coordinates."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight.to(x.dtype))
 
 
 class FoldedNorm(nn.BatchNorm1d):
@@ -52,58 +89,65 @@ class FoldedNorm(nn.BatchNorm1d):
         scale = self.weight * torch.rsqrt(var + self.eps)
         return scale, self.bias - mean * scale
 
-    def signs(self) -> Tensor:
-        """-1 where the scale is negative, so that the largest output comes from the smallest input; else 1."""
-        return torch.where(self.weight < 0, -1.0, 1.0).to(self.weight.dtype)
-
-
-def _rows(idx: Tensor, n: int) -> Tensor:
-    """Indices (B, M, k) into clouds of n points -> rows (B*M, k) of all their points one below the other."""
-    return (idx + n * torch.arange(idx.shape[0], device=idx.device).view(-1, 1, 1)).flatten(0, 1)
-
-
-def _degree(rows: Tensor, like: Tensor) -> Tensor:
-    """The share of all pairs in which each row of ``like`` (n, C) is the neighbour: (n,), of sum 1."""
-    return torch.bincount(rows.flatten(), minlength=like.shape[0]).to(like.dtype) / rows.numel()
-
 
 class EdgeConv(nn.Module):
-    """Graph convolution: Linear on (h_j - h_i, h_i) of each edge -> BN -> a learned mix of max and mean -> LeakyReLU.
+    """Graph convolution: Linear on (h_j - h_i, h_i) of each edge -> BN -> a mix of max and mean -> LeakyReLU.
 
     ``linear.weight`` is the published Conv2d 1x1 without its last two axes; ``mix``, the logit of the share of the
-    maximum, is what the published code calls GeM, though it is no generalised mean.
+    maximum, is what the published code calls GeM, though it is no generalised mean. With k = 1, as published, there are
+    no edges: Linear on h_i -> BN -> LeakyReLU. The paper's form normalises what is pooled, and ends in ReLU.
     """
 
-    def __init__(self, c_in: int, c_out: int) -> None:
+    def __init__(self, c_in: int, c_out: int, form: Form) -> None:
         super().__init__()
-        self.linear = nn.Linear(2 * c_in, c_out)
+        self.form = form
+        self.linear = nn.Linear(c_in if form.k == 1 else 2 * c_in, c_out)
         self.norm = FoldedNorm(c_out)
-        self.mix = nn.Parameter(torch.zeros(()))
+        self.mix = nn.Parameter(torch.zeros(())) if form.mix == "learned" and form.k > 1 else None
 
-    def forward(self, h: Tensor, idx: Tensor) -> Tensor:
-        """h (B, N, c_in), idx (B, N, k) -> (B, N, c_out)."""
-        rows = _rows(idx, h.shape[1])
+    def forward(self, h: Tensor, graph: Graph | None) -> Tensor:
+        """h (B, N, c_in) -> (B, N, c_out); without a graph where k = 1."""
+        if graph is None:
+            y = F.linear(h, self.linear.weight, self.linear.bias)
+            scale, shift = self.norm.fold(*_moments(y)) if self.training else self.norm.fold()
+            return self._activate(y * scale + shift)
         w_difference, w_self = self.linear.weight.chunk(2, dim=1)
         a = F.linear(h, w_difference)
-        d = F.linear(h, w_self - w_difference, self.linear.bias).flatten(0, 1)
-        mean_a = F.embedding_bag(rows, a.flatten(0, 1), mode="mean")  # over each neighbourhood
-        if self.training:
-            # var(A_j + D_i) = var(A_j) + var(D_i) + 2 cov(A_j, D_i), each about its mean. What is left to cancel is A
-            # against D: where all h_j - h_i are small beside h_i, and so are the weights of h_i.
-            all_a, all_d = mean_a.mean(0), d.mean(0)
-            power_a = _degree(rows, mean_a) @ (a.flatten(0, 1) - all_a).square()
-            var = power_a + ((d - all_d) * (d - all_d + 2 * (mean_a - all_a))).mean(0)
-            scale, shift = self.norm.fold(all_a + all_d, var, rows.numel())
+        middle = a.detach().mean((0, 1))  # so that nothing cancels in a variance from a sum of squares
+        d = F.linear(h, w_self - w_difference, self.linear.bias) + middle
+        pool = ops.edge_pool(a - middle, graph.idx, transposed=graph.transposed)
+        k = graph.idx.shape[2]
+        mean_a = pool.sum / k
+        sign = self.norm.weight < 0  # where the largest output comes from the smallest input
+        if self.form.mix == "mean":
+            pooled = mean_a + d
         else:
+            pooled = torch.where(sign, pool.min, pool.max)
+            pooled = (
+                pooled if self.mix is None else torch.lerp(mean_a, pooled.to(mean_a.dtype), self.mix.sigmoid())
+            ) + d
+        if not self.training:
             scale, shift = self.norm.fold()
-        sign = self.norm.signs()
-        max_a = sign * ops.group_max(sign * a, idx).flatten(0, 1)
-        mixed = torch.lerp(mean_a, max_a, self.mix.sigmoid()) + d
-        return F.leaky_relu(mixed * scale + shift, SLOPE).view_as(a)
+        elif self.form.paper:
+            scale, shift = self.norm.fold(*_moments(pooled))
+        else:
+            # var(A_j + D_i) = var(A_j) + var(D_i) + 2 cov(A_j, D_i) over all edges, each about its mean.
+            all_a, all_d = mean_a.mean((0, 1)), d.mean((0, 1))
+            dev = d - all_d
+            var = pool.sumsq.mean((0, 1)) / k - all_a.square() + (dev * (dev + 2 * (mean_a - all_a))).mean((0, 1))
+            scale, shift = self.norm.fold(all_a + all_d, var, graph.idx.numel())
+        return self._activate(pooled * scale + shift)
+
+    def _activate(self, y: Tensor) -> Tensor:
+        return F.relu(y) if self.form.paper else F.leaky_relu(y, SLOPE)
 
 
 class Gate(nn.Module):
-    """Per-point channel gate, an "SE block" without the squeeze: h * sigmoid(Linear(Swish(Linear(h))))."""
+    """The weights of a channel gate, an "SE block": h * sigmoid(Linear(Swish(Linear(h)))), for each pair of points.
+
+    The published block has no squeeze. The paper's, as SE-Net has it, gates a whole cloud by the mean of its pairs, and
+    with ReLU in place of Swish.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -111,145 +155,171 @@ class Gate(nn.Module):
         self.reduce = nn.Linear(channels, hidden)
         self.expand = nn.Linear(hidden, channels)
 
-    def forward(self, h: Tensor) -> Tensor:
-        return h * self.expand(F.silu(self.reduce(h))).sigmoid()
+    def forward(self, squeezed: Tensor) -> Tensor:
+        """The gate of the paper's form: (B, channels) in (0, 1)."""
+        return self.expand(F.relu(self.reduce(squeezed))).sigmoid()
 
-
-class _MaxAndPower(torch.autograd.Function):
-    """e (R, k, C) -> its maximum over k (R, C), and its mean square over R and k (C); one dense pass backwards."""
-
-    @staticmethod
-    def forward(ctx: Any, e: Tensor) -> tuple[Tensor, Tensor]:
-        largest, slot = e.max(1)
-        ctx.save_for_backward(e, slot)
-        return largest, e.square().mean((0, 1))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_largest: Tensor, grad_power: Tensor) -> Tensor:
-        e, slot = ctx.saved_tensors
-        grad = e * (grad_power * (2 / (e.shape[0] * e.shape[1])))
-        return grad.scatter_add_(1, slot.unsqueeze(1), grad_largest.unsqueeze(1))
+    def weights(self) -> ops.Gate:
+        return ops.Gate(self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias)
 
 
 class Branch(nn.Module):
-    """One scale of a set abstraction, around each centre c: the points j of its ball, first ``k`` in index order,
-    Linear on (xyz_j - xyz_c, h_j) -> BN -> gate -> Linear -> BN -> ReLU -> max over the ball.
+    """One scale of a set abstraction, around each centre c: of some points j around it
+    Linear on (xyz_j - xyz_c, h_j) -> BN -> gate -> Linear -> BN -> ReLU -> max. The paper's form has no xyz.
     """
 
-    def __init__(self, channels: int, radius: float, k: int) -> None:
+    def __init__(self, channels: int, form: Form) -> None:
         super().__init__()
-        self.radius, self.k = radius, k
-        self.linear1 = nn.Linear(3 + channels, channels // 2, bias=False)
+        self.form = form
+        self.linear1 = nn.Linear(channels if form.paper else 3 + channels, channels // 2, bias=False)
         self.norm1 = FoldedNorm(channels // 2)
-        self.gate = Gate(channels // 2)
+        self.gate = Gate(channels // 2) if form.se else None
         self.linear2 = nn.Linear(channels // 2, channels, bias=False)
         self.norm2 = FoldedNorm(channels)
 
-    def forward(self, centers: Tensor, xyz: Tensor, h: Tensor) -> Tensor:
-        """centers (B, M, 3), xyz (B, N, 3), h (B, N, C) -> (B, M, C)."""
-        idx = ops.ball_query(centers, xyz, self.radius, self.k)
-        w_xyz, w_h = self.linear1.weight.split((3, h.shape[2]), dim=1)
-        a = F.linear(xyz, w_xyz) + F.linear(h, w_h)
-        d = -F.linear(centers, w_xyz)
+    def forward(self, centers: Tensor, xyz: Tensor, h: Tensor, idx: Tensor) -> Tensor:
+        """centers (B, M, 3), xyz (B, N, 3), h (B, N, C), idx (B, M, K) into the N -> (B, M, C)."""
+        w_xyz, w_h = self.linear1.weight.split((self.linear1.in_features - h.shape[2], h.shape[2]), dim=1)
+        a = F.linear(h, w_h).to(xyz.dtype)
+        if self.form.paper:
+            d = a.new_zeros(centers.shape[:2] + a.shape[2:])
+        else:
+            a, d = a + _exactly(xyz, w_xyz), -_exactly(centers, w_xyz)
         if self.training:
-            # As in EdgeConv, but D_c is linear in the centre, so cov(A_j, D_c) needs of each point only the sum of the
-            # centres of the balls it lies in: three numbers, without a gradient.
-            rows, flat_a = _rows(idx, xyz.shape[1]), a.flatten(0, 1)
-            degree, all_d = _degree(rows, flat_a), d.mean((0, 1))
-            all_a = degree @ flat_a
-            dev_c = centers.flatten(0, 1) - centers.mean((0, 1))
-            owners = torch.zeros_like(xyz).flatten(0, 1)
-            owners.index_add_(0, rows.flatten(), dev_c.repeat_interleave(self.k, 0) / rows.numel())
-            cov = -((flat_a - all_a) * F.linear(owners, w_xyz)).sum(0)
-            var = degree @ (flat_a - all_a).square() + (d - all_d).square().mean((0, 1)) + 2 * cov
-            scale, shift = self.norm1.fold(all_a + all_d, var, rows.numel())
+            scale, shift = self.norm1.fold(*self._pair_moments(a, d, centers, idx, w_xyz))
         else:
             scale, shift = self.norm1.fold()
-        # A few clouds at a time: tensors of this size stay in the cache, and the C library keeps their memory, where
-        # larger ones are mapped from and returned to the system at each use.
-        clouds = max(1, PAIRS // (idx[0].numel() * h.shape[2])) if len(idx) else 1
-        groups = zip((a * scale).split(clouds), (d * scale + shift).split(clouds), idx.split(clouds), strict=True)
-        largest, *moments = (list(part) for part in zip(*(self._balls(*group) for group in groups), strict=True))
-        if self.training:
-            share = h.new_tensor([len(part) for part in largest]).unsqueeze(1) / len(h)
-            means, variances = (torch.stack(part) for part in moments)
-            mean = (share * means).sum(0)
-            var = (share * (variances + (means - mean).square())).sum(0)
-            scale, shift = self.norm2.fold(mean, var, idx.numel())
+        a, d = a * scale, d * scale + shift
+        gate = None if self.gate is None else self.gate.weights()
+        if self.gate is not None and self.form.paper:
+            share = self._shares(idx, a).view(a.shape[:2]) * len(a)
+            whole = self.gate((share.unsqueeze(1) @ a).squeeze(1) + d.mean(1)).unsqueeze(1)
+            a, d, gate = a * whole, d * whole, None
+        weight = self.linear2.weight
+        if a.is_cuda and torch.is_autocast_enabled("cuda"):
+            weight = weight.to(torch.get_autocast_dtype("cuda"))
+        sign = torch.where(self.norm2.weight < 0, -1.0, 1.0)
+        pool = ops.gated_pool(a, d, idx, weight, gate, sign=sign, moments=self.training)
+        if pool.mean is not None and pool.var is not None:
+            scale, shift = self.norm2.fold(pool.mean, pool.var, idx.numel())
         else:
             scale, shift = self.norm2.fold()
-        return F.relu(torch.cat(largest) * (self.norm2.signs() * scale) + shift)
+        return F.relu(pool.extreme * scale + shift)
 
-    def _balls(self, a: Tensor, d: Tensor, idx: Tensor) -> tuple[Tensor, ...]:
-        """Gate -> Linear on the pairs A_j + D_c of some clouds, times the sign of norm2's scale -> max over each ball.
+    @staticmethod
+    def _shares(idx: Tensor, a: Tensor, values: Tensor | None = None) -> Tensor:
+        """For each point the sum over the pairs it is in of ``values``, rows of (B*M*K, V), or of 1, over all pairs."""
+        n = a.shape[1]
+        rows = (idx + n * torch.arange(idx.shape[0], device=idx.device).view(-1, 1, 1)).flatten()
+        if values is None:
+            values = a.new_ones(1).expand(len(rows))
+        return a.new_zeros(a.shape[0] * n, *values.shape[1:]).index_add_(0, rows, values) / len(rows)
 
-        Returns the maximum (B, M, C) and, in training mode, without that sign, mean and variance over all pairs (C).
+    def _pair_moments(
+        self, a: Tensor, d: Tensor, centers: Tensor, idx: Tensor, w_xyz: Tensor
+    ) -> tuple[Tensor, Tensor, int]:
+        """Mean and variance over all pairs of A_j + D_c, and their number.
+
+        As in EdgeConv, but D_c = -w_xyz xyz_c, so that cov(A_j, D_c) needs of each point only the sum of the centres it
+        is grouped around: three numbers, without a gradient.
         """
-        pairs = self.gate(F.embedding(_rows(idx, a.shape[1]), a.flatten(0, 1)) + d.flatten(0, 1).unsqueeze(1))
-        sign = self.norm2.signs()
-        weight = sign.unsqueeze(1) * self.linear2.weight
-        if not self.training:
-            return (F.linear(pairs, weight).amax(1).unflatten(0, idx.shape[:2]),)
-        mean = F.linear(pairs.mean((0, 1)), weight)
-        largest, var = _MaxAndPower.apply(F.linear(pairs, weight, -mean))  # about the mean, so that nothing cancels
-        return (largest + mean).unflatten(0, idx.shape[:2]), sign * mean, var
+        flat = a.flatten(0, 1)
+        degree = self._shares(idx, a)
+        all_a, all_d = degree @ flat, d.mean((0, 1))
+        dev = flat - all_a
+        var = degree @ dev.square() + (d - all_d).square().mean((0, 1))
+        if not self.form.paper:
+            around = (centers.flatten(0, 1) - centers.mean((0, 1))).repeat_interleave(idx.shape[2], 0)
+            var = var - 2 * ((self._shares(idx, a, around).t() @ dev) * w_xyz.t()).sum(0)
+        return all_a + all_d, var, idx.numel()
 
 
 class SetAbstraction(nn.Module):
-    """PointNet++ set abstraction with three scales: one branch a ball size, summed."""
+    """PointNet++ set abstraction with three scales: one branch a scale, summed."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, form: Form) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(Branch(channels, radius, k) for radius, k in BALLS)
+        self.form = form
+        self.branches = nn.ModuleList(Branch(channels, form) for _ in BALLS)
 
     def forward(self, centers: Tensor, xyz: Tensor, h: Tensor) -> Tensor:
         """centers (B, M, 3), xyz (B, N, 3), h (B, N, C) -> (B, M, C)."""
-        return torch.stack([branch(centers, xyz, h) for branch in self.branches]).sum(0)
+        if self.form.grouping == "ball":
+            groups = [ops.ball_query(centers, xyz, radius, k) for radius, k in BALLS]
+        else:
+            nearest = ops.knn(centers, xyz, BALLS[-1][1]).idx
+            groups = [nearest[:, :, :k] for _, k in BALLS]
+        branches = zip(self.branches, groups, strict=True)
+        return torch.stack([branch(centers, xyz, h, idx) for branch, idx in branches]).sum(0)
 
 
 class Stage(nn.Module):
     """Graph convolutions, then, when ``points`` is given, a set abstraction around as many sampled points.
 
     With ``shortcut`` the input joins the output through a learned convex gate (``skip``, the logit of its share), after
-    Linear -> LeakyReLU where the channels change. Points that were ``sampled`` before are in the order of sampling, so
-    that sampling some of them takes the first.
+    Linear -> LeakyReLU where the channels change; in the paper's form it is added, after Linear. Points that were
+    ``sampled`` before are in the order of sampling, so that sampling some of them takes the first.
     """
 
     def __init__(
-        self, c_in: int, c_out: int, convs: int, points: int | None, shortcut: bool, sampled: bool, last: bool
+        self,
+        c_in: int,
+        c_out: int,
+        form: Form,
+        convs: int,
+        points: int | None,
+        shortcut: bool,
+        sampled: bool,
+        features: bool,
     ) -> None:
         super().__init__()
-        self.points, self.sampled, self.last = points, sampled, last
-        self.convs = nn.ModuleList(EdgeConv(c_in if i == 0 else c_out, c_out) for i in range(convs))
-        self.abstraction = SetAbstraction(c_out) if points is not None else None
+        self.form, self.points, self.sampled, self.features = form, points, sampled, features
+        self.convs = nn.ModuleList(EdgeConv(c_in if i == 0 else c_out, c_out, form) for i in range(convs))
+        self.abstraction = SetAbstraction(c_out, form) if points is not None else None
+        self.shortcut = shortcut
         self.project = nn.Linear(c_in, c_out) if shortcut and points is not None else None
-        self.skip = nn.Parameter(torch.zeros(())) if shortcut else None
+        self.skip = nn.Parameter(torch.zeros(())) if shortcut and not form.paper else None
 
-    def forward(self, xyz: Tensor, h: Tensor, k: int, graph: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, xyz: Tensor, h: Tensor, graph: Graph | None) -> tuple[Tensor, Tensor, Graph | None]:
         """xyz (B, N, 3), h (B, N, C), the graph of xyz if it is known -> the same of the next points."""
         h_in = h
-        order = None if self.sampled or self.last else ops.morton_order(xyz)  # for a search and a sampling
+        order = None if self.sampled or self.features else ops.morton_order(xyz)  # for a search and a sampling
         for conv in self.convs:
-            if self.last:  # neighbours in space and features, anew for each convolution
-                space = torch.cat((xyz, h.detach()), dim=2)
-                h = conv(h, ops.knn(space, space, k).idx)
+            if self.form.k == 1:
+                h = conv(h, None)
+            elif self.features:  # neighbours in space and features, anew for each convolution
+                h = conv(h, _graph(torch.cat((xyz, h.detach().to(xyz.dtype)), dim=2), self.form.k))
             else:
-                graph = ops.knn(xyz, xyz, k, order=order).idx if graph is None else graph
+                graph = _graph(xyz, self.form.k, order) if graph is None else graph
                 h = conv(h, graph)
         if self.abstraction is not None and self.points is not None:
-            if self.sampled:
-                centers, h_in = xyz[:, : self.points], h_in[:, : self.points]
-            else:
-                sample = ops.farthest_point_sample(xyz, self.points, order=order).unsqueeze(2)
-                centers, h_in = (x.gather(1, sample.expand(-1, -1, x.shape[2])) for x in (xyz, h_in))
-            h = self.abstraction(centers, xyz, h)
+            picked = self._sample(xyz, order)
+            centers, h_in = self._take(xyz, picked), self._take(h_in, picked)
+            h = self.abstraction(centers, *((centers, self._take(h, picked)) if self.form.paper else (xyz, h)))
             if self.project is not None:
-                h_in = F.leaky_relu(self.project(h_in), SLOPE)
+                h_in = self.project(h_in) if self.form.paper else F.leaky_relu(self.project(h_in), SLOPE)
             xyz, graph = centers, None
         if self.skip is not None:
-            h = torch.lerp(h, h_in, self.skip.sigmoid())
+            h = torch.lerp(h, h_in.to(h.dtype), self.skip.sigmoid())
+        elif self.shortcut:
+            h = h + h_in
         return xyz, h, graph
+
+    def _sample(self, xyz: Tensor, order: Tensor | None) -> Tensor | None:
+        """Which points to keep, (B, points); None for the first ones."""
+        if self.sampled or self.points is None:
+            return None
+        if self.form.grouping == "ball":
+            # Points with a NaN are picked after all others, and it is the first that begins.
+            hole = xyz.square().sum(2) <= HOLE
+            hole = hole & (torch.arange(xyz.shape[1], device=xyz.device) > 0)
+            xyz = xyz.masked_fill(hole.unsqueeze(2), torch.nan)
+        return ops.farthest_point_sample(xyz, self.points, order=order)
+
+    def _take(self, x: Tensor, picked: Tensor | None) -> Tensor:
+        if picked is None:
+            return x[:, : self.points]
+        return x.gather(1, picked.unsqueeze(2).expand(-1, -1, x.shape[2]))
 
 
 class OGNet(nn.Module):
@@ -258,19 +328,30 @@ class OGNet(nn.Module):
     Args:
         dims: channels after each stage; a stage that changes them also samples points.
         num_classes: training ids; 0 for no classifier.
-        k: neighbours in the graphs, the point itself included.
+        k: neighbours in the graphs, the point itself included; 1 puts linear layers in place of graph convolutions.
+            None: 20, or 9 with two convolutions a stage, as published; always 20 in the paper.
         convs: graph convolutions a stage.
         shortcut: join each stage's input to its output.
         init_points: points after the first sampling; each later one halves them.
         dropout: probability in front of the classifier.
+        se: gate the channels in each branch ("SE block").
+        nonlocal_graph: the last graph joins the nearest in (xyz, features), not in space.
+        mix: of neighbours, "max", "mean" or a "learned" mix of both. None: learned, in the paper mean.
+        grouping: the points around a centre. "ball": the first 8, 16, 32 in index order within 0.1, 0.2, 0.4 m.
+            "nearest": the nearest 8, 16, 32; the points are first put in an order of their own (by x, y, z and colour),
+            so that the order in which they are given does not matter at all. None: ball, in the paper nearest.
+        flat: all z are 0: the "2D image" of the paper's table I.
+        preset: "official", the published code, or "paper", where that says something else: branches see the sampled
+            points alone, and no xyz; a graph convolution is mean over the edges -> BN -> ReLU; the gate is SE-Net's,
+            with its squeeze; a short-cut is a plain sum.
 
-    Graphs join the nearest points in space, in the last stage the nearest in (xyz, features). Sampling starts at index
-    0 and balls keep points in index order, so the order of a cloud's points matters. Departure: the published sampling
-    never takes a point within 3.2 cm of the origin (|p|^2 <= 1e-3); ``farthest_point_sample`` has no such rule.
+    With balls the order of a cloud's points matters: sampling starts at index 0 and takes no point within 3.2 cm of the
+    origin (|p|^2 <= 1e-3) while there are others, and balls keep points in index order. All this is as published, but
+    for exact ties, and points that coincide: ``farthest_point_sample`` never takes an index twice.
 
     Raises:
-        TypeError: k or init_points is no int. ValueError: an argument out of range, or fewer points than k left for
-            the last graph.
+        TypeError: k or init_points is no int. ValueError: an argument out of range, or fewer points left than k, or for
+            "nearest" than 32, for the last stage.
 
     Source: as this file; initialisation from the published code.
     """
@@ -282,24 +363,51 @@ class OGNet(nn.Module):
         dims: tuple[int, ...],
         num_classes: int = 0,
         *,
-        k: int = 20,
+        k: int | None = None,
         convs: int = 1,
         shortcut: bool = False,
         init_points: int = 768,
         dropout: float = 0.7,
+        se: bool = True,
+        nonlocal_graph: bool = True,
+        mix: str | None = None,
+        grouping: str | None = None,
+        flat: bool = False,
+        preset: str = "official",
     ) -> None:
         super().__init__()
+        paper = preset == "paper"
+        k = (9 if convs > 1 and not paper else 20) if k is None else k
+        mix = ("mean" if paper else "learned") if mix is None else mix
+        grouping = ("nearest" if paper else "ball") if grouping is None else grouping
         for name, value in (("k", k), ("init_points", init_points)):
             if not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
-        self.k, self.min_points = k, max(init_points, k)
+        for name, choice, choices in (
+            ("mix", mix, ("learned", "max", "mean")),
+            ("grouping", grouping, ("ball", "nearest")),
+            ("preset", preset, ("official", "paper")),
+        ):
+            if choice not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
+        if paper and grouping == "ball":
+            raise ValueError("grouping must be nearest with preset=paper, got 'ball'")
+        form = Form(k, se, mix, grouping, paper)
+        self.form, self.flat, self.min_points = form, flat, max(init_points, k)
         self.stages = nn.ModuleList()
         c_in, left, sampled = 3, 2 * init_points, False
         for i, c_out in enumerate(dims):
             graph_points, samples = left, c_out != c_in
             left = left // 2 if samples else left
             points = left if samples else None
-            self.stages.append(Stage(c_in, c_out, convs, points, shortcut, sampled, last=i + 1 == len(dims)))
+            features = nonlocal_graph and i + 1 == len(dims)
+            self.stages.append(Stage(c_in, c_out, form, convs, points, shortcut, sampled, features))
+            grouped = left if paper else graph_points
+            if samples and grouping == "nearest" and grouped < BALLS[-1][1]:
+                raise ValueError(
+                    f"init_points must leave at least {BALLS[-1][1]} points for every stage, got {init_points}, which "
+                    f"leaves {grouped}"
+                )
             sampled = sampled or samples
             c_in = c_out
         if not 1 <= k <= graph_points or left < 1:
@@ -318,7 +426,7 @@ class OGNet(nn.Module):
         self.head = Head(2 * c_in, EMBEDDING, num_classes, dropout)
 
     def forward(self, xyz: Tensor, rgb: Tensor) -> Tensor | Output:
-        """Describe B clouds of N points each. Autocast is left out: neighbours and statistics need whole float32.
+        """Describe B clouds of N points each. Under autocast coordinates, graphs and statistics stay in float32.
 
         Args:
             xyz: (B, N, 3) metres, about the mean of the cloud, N >= init_points and N >= k.
@@ -331,30 +439,29 @@ class OGNet(nn.Module):
             raise ValueError(f"xyz and rgb must both be (B, N, 3), got {tuple(xyz.shape)} and {tuple(rgb.shape)}")
         if xyz.shape[1] < self.min_points:
             raise ValueError(f"xyz must have N >= {self.min_points} points, got {xyz.shape[1]}")
-        if torch.is_autocast_enabled(xyz.device.type):
-            dtype = torch.promote_types(xyz.dtype, torch.float32)
-            with torch.autocast(xyz.device.type, enabled=False):
-                return self._describe(xyz.to(dtype), rgb.to(dtype))
-        return self._describe(xyz, rgb)
-
-    def _describe(self, xyz: Tensor, rgb: Tensor) -> Tensor | Output:
+        xyz = xyz.to(torch.promote_types(xyz.dtype, torch.float32))
+        rgb = rgb.to(xyz.dtype)
+        if self.flat:
+            xyz = xyz * xyz.new_tensor([1, 1, 0])
+        if self.form.grouping == "nearest":
+            order = _order_of_their_own(xyz, rgb).unsqueeze(2).expand_as(xyz)
+            xyz, rgb = xyz.gather(1, order), rgb.gather(1, order)
         h, graph = rgb, None
         for stage in self.stages:
-            xyz, h, graph = stage(xyz, h, self.k, graph)
-        return self.head(torch.cat((h.amax(1), h.mean(1)), dim=1))
+            xyz, h, graph = stage(xyz, h, graph)
+        with torch.autocast(h.device.type, enabled=False):  # it costs nothing, and batch norm shows every rounding
+            return self.head(torch.cat((h.amax(1), h.mean(1)), dim=1))
 
 
-def ognet(num_classes: int = 0, *, k: int = 20, init_points: int = 768, dropout: float = 0.7) -> OGNet:
-    """OG-Net: 1.95 M parameters without the classifier."""
-    return OGNet((64, 128, 256, 512), num_classes, k=k, init_points=init_points, dropout=dropout)
+def _order_of_their_own(xyz: Tensor, rgb: Tensor) -> Tensor:
+    """The indices (B, N) that sort points by x, then y, then z, then red, green and blue."""
+    keys = [*rgb.unbind(2), *xyz.unbind(2)]
+    order = torch.arange(xyz.shape[1], device=xyz.device).expand(xyz.shape[:2])
+    for key in (*keys[2::-1], *keys[:2:-1]):  # the last key first: each sorting keeps the order of the one before
+        order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
+    return order
 
 
-def ognet_small(num_classes: int = 0, *, k: int = 20, init_points: int = 768, dropout: float = 0.7) -> OGNet:
-    """OG-Net-Small: 1.20 M parameters without the classifier."""
-    return OGNet((48, 96, 192, 384), num_classes, k=k, init_points=init_points, dropout=dropout)
-
-
-def ognet_deep(num_classes: int = 0, *, k: int = 9, init_points: int = 768, dropout: float = 0.7) -> OGNet:
-    """OG-Net-Deep: 14 graph convolutions, gated short-cuts, 2.47 M parameters without the classifier."""
-    dims = (48, 96, 96, 192, 192, 384, 384)
-    return OGNet(dims, num_classes, k=k, convs=2, shortcut=True, init_points=init_points, dropout=dropout)
+ognet = partial(OGNet, (64, 128, 256, 512))  # 1.95 M parameters without the classifier
+ognet_small = partial(OGNet, (48, 96, 192, 384))  # 1.20 M
+ognet_deep = partial(OGNet, (48, 96, 96, 192, 192, 384, 384), convs=2, shortcut=True)  # 14 graph convolutions, 2.47 M

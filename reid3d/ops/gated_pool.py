@@ -44,9 +44,9 @@ def gated_pool(
     tensor over the pairs is kept, neither forwards nor backwards, where they are computed anew, some groups at a time.
     The gradient of the moments is affine in e, and so costs no product with the weights of every pair.
 
-    The gradient of the maximum lands on the winner only, the lowest k among equal ones; a NaN wins. The compiled kernels
-    are deterministic: the order of their sums follows from the shapes, and not from the threads. Unlike the other ops
-    this one rounds as the processor does: the last bits differ between sets of instructions.
+    The gradient of the maximum lands on the winner only, the lowest k among equal ones; a NaN wins. The compiled
+    kernels are deterministic: the order of their sums follows from the shapes, and not from the threads. Unlike the
+    other ops this one rounds as the processor does: the last bits differ between sets of instructions.
 
     Args:
         points: (B,N,H) float32 or float64; half types are read as float32.

@@ -92,7 +92,7 @@ def test_errors(saved, tmp_path):
         create_model("resnet")
     with pytest.raises(ValueError, match="one of ognet, ognet_deep, ognet_small, got None"):
         create_model()
-    with pytest.raises(ValueError, match="ognet has the arguments k, init_points, dropout, got depth"):
+    with pytest.raises(ValueError, match="ognet has the arguments k, convs, .*, dropout, .*, preset, got depth"):
         create_model("ognet", depth=3)
     with pytest.raises(ValueError, match="num_classes must not be negative"):
         create_model("ognet", -1)
