@@ -174,8 +174,9 @@ def _parser() -> _Parser:
     doctor.add_argument("--data", metavar="DIR", type=Path, help=data_help)
     doctor.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
 
-    bench = command("bench", "time the ops beside what else computes the same")
-    bench.add_argument("suite", metavar="SUITE", choices=("kernels",), help="what to time: kernels")
+    bench = command("bench", "time the ops and OG-Net beside what else computes the same")
+    suite_help = "what to time: kernels, or train (steps of OG-Net)"
+    bench.add_argument("suite", metavar="SUITE", choices=("kernels", "train"), help=suite_help)
     device_help = "cpu, cuda, cuda:1 (default: %(default)s)"
     bench.add_argument("--device", type=_cpu_or_cuda, default="cpu", help=device_help)
     _number(bench, "--threads", 1, "threads on the CPU", most=1024)
@@ -476,7 +477,7 @@ def _bench(options: argparse.Namespace) -> None:
     from .bench import run
 
     def measure() -> dict[str, Any]:
-        return run(options.device, options.threads, options.seconds, say=partial(print, flush=True))
+        return run(options.suite, options.device, options.threads, options.seconds, say=partial(print, flush=True))
 
     if options.json:
         _write_json(options.json, measure)

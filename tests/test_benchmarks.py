@@ -10,27 +10,27 @@ import pytest
 import torch
 
 from reid3d import bench, cli, ops
-from reid3d.bench import kernels, table, timing
+from reid3d.bench import kernels, table, timing, training
 from reid3d.bench.timing import Case, Contender
 from reid3d.ops import farthest_point_sample, knn, pyg
 from reid3d.preprocess.synth.world import FORMAT, PRESETS
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-FILES = sorted(RESULTS.glob("kernels-*.json"))
+FILES = sorted([*RESULTS.glob("kernels-*.json"), *RESULTS.glob("train-*.json")])
 CPU = torch.device("cpu")
 SMALL = kernels.Sizes(points=120, stages=(40, 20), k=5, channels=8, wide=(40, 12), width=9)
 
 
 def check(data):
     """The form of a result."""
-    assert data["suite"] == "kernels"
+    assert data["suite"] in ("kernels", "train")
     where = data["environment"]
     for key in ("commit", "cpu", "torch", "device", "python", "platform", "reid3d", "backend"):
         assert isinstance(where[key], str) and where[key], key
     assert isinstance(where["threads"], int) and where["threads"] > 0 and where["seconds"] > 0
     assert set(where["peers"]) == set(bench.PEERS)
     names = [(result["op"], result["shape"]) for result in data["results"]]
-    assert len(set(names)) == len(names) > 10
+    assert len(set(names)) == len(names) > (10 if data["suite"] == "kernels" else 2)
     for result in data["results"]:
         kinds = [entry["kind"] for entry in result["contenders"]]
         assert kinds[0] == "ours" and "torch" in kinds and set(kinds) <= {"ours", "torch", "peer"}
@@ -42,7 +42,8 @@ def check(data):
             ms = entry["ms"]
             assert 0 < ms["q1"] <= ms["median"] <= ms["q3"] and entry["calls"] >= timing.LEAST
             assert entry["agrees"] is None or 0 <= entry["agrees"] <= 1
-            assert entry["kind"] != "ours" or entry["agrees"] > 0.9999, (result["op"], entry)
+            exact = entry["kind"] == "ours" and not result["shape"].endswith(("tf32", "bfloat16"))
+            assert not exact or entry["agrees"] > 0.9999, (result["op"], entry)
 
 
 def test_there_are_results():
@@ -131,6 +132,29 @@ def test_a_short_run(device, capsys, tmp_path, monkeypatch):
     assert data["environment"]["threads"] == 1 and data["environment"]["device"] == str(device)
     for result in data["results"]:  # once above its figures, once in the summary
         assert out.count(f"\n{result['op']}, {result['shape']}") == 2
+
+
+def test_a_short_run_of_training(device, capsys, tmp_path, monkeypatch):
+    small = training.Sizes("ognet_small", 6, 80, 3, (("init_points", 32), ("k", 4)))
+    monkeypatch.setattr(training, "SIZES", small)
+    monkeypatch.setattr(timing, "ROUNDS", 3)
+    file = tmp_path / "train.json"
+    argv = ["bench", "train", "--device", str(device), "--seconds", "1e-4", "--json", str(file)]
+    assert cli.main(argv) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
+    data = json.loads(file.read_text())
+    check(data)
+    for result in data["results"]:
+        for entry in result["contenders"]:
+            assert entry["points_per_second"] == pytest.approx(480e3 / entry["ms"]["median"], abs=1)
+            assert entry["peak_mb"] >= 0
+
+
+def test_memory_is_that_of_the_call():
+    """The twin's edges of 8 clouds: 8 x 2000 x 20 x 48 float32 are 59 MB, and it holds several such tensors."""
+    sizes = training.Sizes("ognet_small", 8, 2000, 3)
+    ours, twin = (training._peak(way, "forward", sizes, CPU, 1) / 2**20 for way in ("ours", "twin"))
+    assert 4 * ours < twin and twin > 118
 
 
 def test_contenders_take_turns():

@@ -1,15 +1,16 @@
-"""Times the ops beside plain torch and beside the libraries that do the same: `reid3d bench kernels`.
+"""Times the ops beside plain torch and the libraries that do the same, `reid3d bench kernels`, and OG-Net beside its
+published form in plain torch, `reid3d bench train`.
 
 All get the same points, in the form they want, and take turns, so that what else the machine does hits all alike.
-Reported are median and quartiles of single calls, and which share of the results agrees with an independent float64
-reference. The sizes are those of OG-Net. A library that is not installed is left out.
+Reported are median and quartiles of single calls, and which share of the results agrees with an independent reference.
+The sizes are those of OG-Net. A library that is not installed is left out.
 """
 
 import importlib
 import importlib.metadata
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import doctor
-from .kernels import cases
+from . import kernels, training
 from .table import heading, rows, summary
 from .timing import measure, one_line
 
@@ -30,10 +31,13 @@ PEERS = {  # distribution: module. The extra [peers] brings all but pytorch3d, w
 }
 
 
-def run(device: str = "cpu", threads: int = 1, seconds: float = 1.0, say: Callable[[str], None] = print) -> dict:
+def run(
+    suite: str, device: str = "cpu", threads: int = 1, seconds: float = 1.0, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Measure every case: the environment and the results, as plain JSON types. `say` gets the table line by line.
 
     Args:
+        suite: "kernels" or "train".
         device: "cpu" or "cuda", also with a number.
         threads: on the CPU, of ours, of torch, and of the libraries that can use several.
         seconds: time each contender of each case is given; a slow one takes three calls even so.
@@ -49,16 +53,21 @@ def run(device: str = "cpu", threads: int = 1, seconds: float = 1.0, say: Callab
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by libraries with an OpenMP of their own when they are loaded
     torch.set_num_threads(threads)
     try:
-        peers, absent = load_peers()
+        peers, absent = load_peers() if suite == "kernels" else ({}, {})
         about = environment(str(where), threads, seconds, peers)
         for line in heading(about, absent):
             say(line)
-        results = []
+        results: list[dict[str, Any]] = []
         # Events and the queues of libraries are those of the current device.
         with torch.cuda.device(where) if where.type == "cuda" else nullcontext():
-            for case in cases(where, peers, threads):
-                results.append(measure(case, seconds, where))
-                for line in rows(results[-1]):
+            measured: Iterator[dict[str, Any]]
+            if suite == "kernels":
+                measured = (measure(case, seconds, where) for case in kernels.cases(where, peers, threads))
+            else:
+                measured = training.results(where, threads, seconds)
+            for result in measured:
+                results.append(result)
+                for line in rows(result):
                     say(line)
         for line in summary(results):
             say(line)
@@ -67,7 +76,7 @@ def run(device: str = "cpu", threads: int = 1, seconds: float = 1.0, say: Callab
         os.environ.pop("OMP_NUM_THREADS")
         if before[1] is not None:
             os.environ["OMP_NUM_THREADS"] = before[1]
-    return {"suite": "kernels", "environment": about, "results": results}
+    return {"suite": suite, "environment": about, "results": results}
 
 
 def load_peers() -> tuple[dict[str, Any], dict[str, str]]:
