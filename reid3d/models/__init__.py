@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ..io import atomic_write
-from . import ognet
+from . import dgcnn, ognet, pointnet2
 from .head import Output
 
 __all__ = ["Output", "create_model", "list_models", "resolve_device", "save_weights"]
@@ -24,6 +24,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "ognet": ognet.ognet,
     "ognet_small": ognet.ognet_small,
     "ognet_deep": ognet.ognet_deep,
+    "dgcnn": dgcnn.dgcnn,
+    "pointnet2_ssg": pointnet2.pointnet2_ssg,
+    "pointnet2_msg": pointnet2.pointnet2_msg,
 }
 
 
