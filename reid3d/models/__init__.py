@@ -41,7 +41,7 @@ def create_model(
 ) -> nn.Module:
     """A network, in training mode; ``model.inputs`` says what it eats ("cloud": xyz and rgb, both (B, N, 3)), and
     ``model.points`` how many points a cloud its weights were trained with (None: fresh, or the file does not say), and
-    ``model.background`` whether those of the background were among them.
+    ``model.background`` whether those of the background were among them; ``model.trained_on`` is all the file says.
 
     Args:
         name: one of ``list_models()``; may be left out when ``weights`` is given.
@@ -73,6 +73,7 @@ def create_model(
         raise ValueError(f"num_classes must be 0 or that of the weights, {meta['num_classes']}, got {num_classes}")
     model = MODELS[name](num_classes, **kwargs)
     model.name, model.kwargs, model.num_classes = name, kwargs, num_classes  # type: ignore[assignment]
+    model.trained_on = meta.get("trained_on", "")  # type: ignore[assignment]
     model.points, model.background = _fed_with(meta.get("trained_on", ""))  # type: ignore[assignment]
     if weights is not None:
         own = model.state_dict()
@@ -143,7 +144,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             "model": name,
             "kwargs": json.dumps(kwargs),
             "num_classes": str(num_classes),
-            "trained_on": json.dumps({"points": official.POINTS}),
+            "trained_on": json.dumps({"ids": num_classes, "points": official.POINTS}),
         }
     try:
         with safe_open(path, framework="pt") as file:
