@@ -54,15 +54,9 @@ def read_official(path: str | Path) -> tuple[str, dict[str, Any], dict[str, Tens
         tensors |= {f"p_w[{i}]": skip for i, skip in enumerate(tensors.pop("p_w"))}
     bias = tensors.get("proj_output.bias")
     num_classes = len(bias) if bias is not None and bias.dim() == 1 else 1
-    candidates = []
-    for name, make in NETWORKS.items():
-        with torch.device("meta"):
-            model = make(num_classes)
-        candidates.append((name, model, _differences(tensors, dict(_published(model).values()))))
-    name, model, wrong = min(candidates, key=lambda candidate: len(candidate[2]))
+    name, model, wrong = _nearest(tensors, num_classes)
     if wrong:
-        more = f", and {len(wrong) - 1} more are wrong" if len(wrong) > 1 else ""
-        raise ValueError(f"weights must be a published OG-Net checkpoint, got {path}: for {name}, {wrong[0]}{more}")
+        raise ValueError(f"weights must be a published OG-Net checkpoint, got {path}: {wrong}")
     own = model.state_dict()
     state = {key: tensors[theirs].reshape(own[key].shape) for key, (theirs, _) in _published(model).items()}
     return name, {}, state, num_classes
@@ -75,13 +69,17 @@ def write_official(model: OGNet, path: str | Path) -> None:
     the file.
 
     Raises:
-        TypeError: another network. ValueError: one without a classifier, which the published code wants.
+        TypeError: another network. ValueError: one without a classifier, which the published code wants, or of a form
+            that was not published.
     """
     if not isinstance(model, OGNet):
         raise TypeError(f"model must be an OGNet, got {type(model).__name__}")
     if model.head.classifier is None:
         raise ValueError("model must have a classifier, got num_classes=0")
     state = dict(_published(model).values())
+    _, _, wrong = _nearest(state, model.head.classifier.out_features)
+    if wrong:
+        raise ValueError(f"model must be a published OG-Net, got one that differs: {wrong}")
     skips = [state.pop(key) for key in list(state) if key.startswith("p_w[")]
     if skips:
         state["p_w"] = torch.stack(skips)
@@ -117,6 +115,18 @@ def _published(model: OGNet) -> dict[str, tuple[str, Tensor]]:
             tensor = tensor[..., None, None]
         published[key] = name, tensor
     return published
+
+
+def _nearest(tensors: dict[str, Tensor], num_classes: int) -> tuple[str, OGNet, str]:
+    """The network that keys and shapes fit best, by name and without weights, and in words what does not fit."""
+    candidates = []
+    for name, make in NETWORKS.items():
+        with torch.device("meta"):
+            model = make(num_classes)
+        candidates.append((name, model, _differences(tensors, dict(_published(model).values()))))
+    name, model, wrong = min(candidates, key=lambda candidate: len(candidate[2]))
+    more = f", and {len(wrong) - 1} more are wrong" if len(wrong) > 1 else ""
+    return name, model, f"for {name}, {wrong[0]}{more}" if wrong else ""
 
 
 def _differences(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:

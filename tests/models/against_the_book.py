@@ -1,8 +1,58 @@
-"""What every network on clouds must do: agree with its by-the-book form, forwards, backwards and in its statistics."""
+"""What by-the-book forms of networks on clouds are made of, in plain torch, and what a network must do: agree with its
+own, forwards, backwards and in its statistics.
+"""
 
 import torch
+import torch.nn.functional as F
 
 from .test_ognet import clouds
+
+
+def fps(xyz, m, hole=-1.0):
+    """Farthest points of each cloud, index 0 first, ties to the lower index, none with a squared norm of at most hole
+    but the first.
+    """
+    chosen = []
+    for cloud in xyz:
+        order = [0]
+        nearest = ((cloud - cloud[0]) ** 2).sum(1)
+        nearest[(cloud**2).sum(1) <= hole] = -1
+        for _ in range(m - 1):
+            nearest[order[-1]] = -1
+            order.append(int(nearest.argmax()))
+            nearest = torch.minimum(nearest, ((cloud - cloud[order[-1]]) ** 2).sum(1))
+        chosen.append(order)
+    return torch.tensor(chosen)
+
+
+def ball(centers, xyz, radius, k):
+    """First k points in index order with d^2 < r^2, padded with the first."""
+    idx = torch.zeros(*centers.shape[:2], k, dtype=torch.int64)
+    for b, cloud in enumerate(xyz):
+        for m, center in enumerate(centers[b]):
+            hits = torch.nonzero(((cloud - center) ** 2).sum(1) < radius**2)[:k, 0]
+            idx[b, m] = hits[0]
+            idx[b, m, : len(hits)] = hits
+    return idx
+
+
+def knn(space, k):
+    return torch.cdist(space, space).argsort(dim=2, stable=True)[:, :, :k]
+
+
+def gather(h, idx):
+    """h (B, N, C), idx (B, M, K) -> (B, C, M, K)."""
+    return torch.stack([cloud[i] for cloud, i in zip(h, idx, strict=True)]).permute(0, 3, 1, 2)
+
+
+def conv(x, linear):
+    return F.conv2d(x, linear.weight[:, :, None, None], linear.bias)
+
+
+def batch_norm(x, norm, running):
+    """BatchNorm on copies of the running statistics, which are left in ``running``."""
+    running[norm] = (norm.running_mean.clone(), norm.running_var.clone())
+    return F.batch_norm(x, *running[norm], norm.weight, norm.bias, norm.training, norm.momentum, norm.eps)
 
 
 @torch.no_grad()

@@ -9,13 +9,16 @@ from reid3d.models.dgcnn import DGCNN, dgcnn
 from reid3d.models.head import Output
 
 from .against_the_book import (
+    batch_norm,
     check_eval,
     check_every_parameter_gets_a_gradient,
     check_float32,
     check_initialisation,
     check_training,
+    conv,
+    gather,
+    knn,
 )
-from .slow_ognet import batch_norm, conv, gather, knn
 from .test_ognet import awkward, clouds
 
 WITHOUT_GRADIENT = ("theta.bias", "phi.bias", "project.bias", "head.linear.bias")

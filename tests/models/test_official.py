@@ -8,6 +8,7 @@ import torch
 
 from reid3d.models import create_model
 from reid3d.models.official import read_official, write_official
+from reid3d.models.ognet import OGNet
 
 from .published import Published
 from .test_ognet import awkward, clouds
@@ -61,6 +62,7 @@ def test_create_model(state, tmp_path):
     model = create_model(weights=path)
     assert (model.name, model.kwargs, model.num_classes, model.points) == ("ognet_small", {}, 0, 4096)
     assert (model.k, model.min_points, model.background, model.training) == (20, 768, True, True)
+    assert model.trained_on == '{"ids": 7, "points": 4096}'
     assert model.head.classifier is None
     model = create_model("ognet_small", 7, weights=path, dropout=0.1)
     assert torch.equal(model.head.classifier.weight, state["proj_output.weight"])
@@ -190,4 +192,6 @@ def test_what_cannot_be_written(tmp_path):
         write_official(create_model("dgcnn", 3), tmp_path / "a.pth")
     with pytest.raises(ValueError, match="model must have a classifier, got num_classes=0"):
         write_official(create_model("ognet"), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="got one that differs: for ognet, conv.0.weight must"):
+        write_official(OGNet((8, 16, 24, 32), 3, **SMALL), tmp_path / "a.pth")
     assert not list(tmp_path.iterdir())

@@ -10,13 +10,17 @@ from reid3d.models.head import Output
 from reid3d.models.pointnet2 import PointNet2, pointnet2_msg, pointnet2_ssg
 
 from .against_the_book import (
+    ball,
+    batch_norm,
     check_eval,
     check_every_parameter_gets_a_gradient,
     check_float32,
     check_initialisation,
     check_training,
+    conv,
+    fps,
+    gather,
 )
-from .slow_ognet import ball, batch_norm, conv, fps, gather
 from .test_ognet import awkward, clouds
 
 # Balls part-filled and full, and MLPs that begin narrower and wider than what they take.
