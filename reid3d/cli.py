@@ -378,8 +378,6 @@ def _eval(options: argparse.Namespace) -> None:
     if not weights.is_file():
         hint = " (is the training done?)" if options.weights.is_dir() else ""
         raise FileNotFoundError(f"no weights at {weights}{hint}")
-    from safetensors import safe_open
-
     from .data import open_dataset, validate_protocol
     from .data.transforms import EvalTransform
     from .models import create_model, resolve_device
@@ -394,8 +392,6 @@ def _eval(options: argparse.Namespace) -> None:
     if message := validate_protocol(dataset.query, dataset.gallery):
         print(f"reid3d: {message}", file=sys.stderr)
     model = create_model(weights=weights)
-    with safe_open(weights, framework="numpy") as file:
-        trained_on = file.metadata()["trained_on"]
     points = options.points or getattr(model, "points", None) or EvalTransform().points
     folder = options.features or weights.parent / "features"
     folder.mkdir(parents=True, exist_ok=True)
@@ -411,7 +407,7 @@ def _eval(options: argparse.Namespace) -> None:
     if options.json:
         figures = {
             "weights": str(weights),
-            "trained_on": trained_on,
+            "trained_on": str(model.trained_on),
             "data": str(options.data),
             "points": points,
             "rank1": result.cmc[0],

@@ -14,6 +14,7 @@ from safetensors import safe_open
 import reid3d
 from reid3d import cli
 from reid3d.models import create_model, save_weights
+from reid3d.models.official import write_official
 from tests.capsules import write_capsules
 
 COMMANDS = ["synth", "convert", "train", "eval", "view", "doctor", "bench"]
@@ -156,6 +157,16 @@ def test_five_lines_of_python_give_the_figures_of_eval(run, data, capsys, tmp_pa
         saved = reid3d.Features.load(tmp_path / "f" / f"{name}.safetensors")
         assert saved.made_by == features.made_by
         assert (saved.feats == features.feats).all()
+
+
+def test_eval_of_a_published_checkpoint(data, capsys, tmp_path):
+    write_official(create_model("ognet_small", 3), tmp_path / "model_last.pth")
+    code, _, err = call(
+        capsys, "eval", tmp_path / "model_last.pth", data, "--points", "800", "--json", tmp_path / "eval.json"
+    )
+    assert code == 0, err
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    assert json.loads(figures["trained_on"]) == {"ids": 3, "points": 4096} and figures["points"] == 800
 
 
 def test_view_refuses_files_that_do_not_belong_together(run, data, capsys, tmp_path):

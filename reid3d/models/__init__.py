@@ -1,4 +1,4 @@
-"""Networks by name, and their weights as safetensors files that know what they are."""
+"""Networks by name, and their weights: safetensors files that know what they are, or checkpoints as published."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from safetensors.torch import save
 from torch import nn
 
 from ..io import atomic_write
-from . import ognet
+from . import dgcnn, official, ognet, pointnet2
 from .head import Output
 
 __all__ = ["Output", "create_model", "list_models", "resolve_device", "save_weights"]
 
 FORMAT = "reid3d-weights-1"
+OFFICIAL = "published OG-Net"
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "ognet": ognet.ognet,
     "ognet_small": ognet.ognet_small,
     "ognet_deep": ognet.ognet_deep,
+    "dgcnn": dgcnn.dgcnn,
+    "pointnet2_ssg": pointnet2.pointnet2_ssg,
+    "pointnet2_msg": pointnet2.pointnet2_msg,
 }
 
 
@@ -37,16 +41,19 @@ def create_model(
 ) -> nn.Module:
     """A network, in training mode; ``model.inputs`` says what it eats ("cloud": xyz and rgb, both (B, N, 3)), and
     ``model.points`` how many points a cloud its weights were trained with (None: fresh, or the file does not say), and
-    ``model.background`` whether those of the background were among them.
+    ``model.background`` whether those of the background were among them; ``model.trained_on`` is all the file says.
 
     Args:
         name: one of ``list_models()``; may be left out when ``weights`` is given.
         num_classes: identities to classify; 0 for features alone.
         weights: a file of ``save_weights``. Its classifier is used when it has ``num_classes`` classes, else left out.
+            Or a ``.pth``, a checkpoint published with OG-Net (``official``), which has ``num_classes`` classes unless
+            that is 0.
         **kwargs: of the model, e.g. ``init_points=384``; with ``weights``, in place of those it was saved with.
 
     Raises:
-        ValueError: an unknown name or argument; a file that is no weights file, or of another network.
+        ValueError: an unknown name or argument; a file that is no weights file, or of another network; a
+            published checkpoint of another number of classes.
         FileNotFoundError: no such file.
     """
     state, meta = _read_weights(Path(weights)) if weights is not None else ({}, {})
@@ -62,8 +69,11 @@ def create_model(
         raise ValueError(f"{name} has the arguments {', '.join(known)}, got {', '.join(unknown)}")
     if num_classes < 0:
         raise ValueError(f"num_classes must not be negative, got {num_classes}")
+    if meta.get("format") == OFFICIAL and num_classes not in (0, int(meta["num_classes"])):
+        raise ValueError(f"num_classes must be 0 or that of the weights, {meta['num_classes']}, got {num_classes}")
     model = MODELS[name](num_classes, **kwargs)
     model.name, model.kwargs, model.num_classes = name, kwargs, num_classes  # type: ignore[assignment]
+    model.trained_on = meta.get("trained_on", "")  # type: ignore[assignment]
     model.points, model.background = _fed_with(meta.get("trained_on", ""))  # type: ignore[assignment]
     if weights is not None:
         own = model.state_dict()
@@ -127,6 +137,15 @@ def _shape(state: dict[str, Any], key: str) -> tuple[int, ...] | None:
 def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"weights must be a file, got {path}")
+    if path.suffix == ".pth":
+        name, kwargs, state, num_classes = official.read_official(path)
+        return state, {
+            "format": OFFICIAL,
+            "model": name,
+            "kwargs": json.dumps(kwargs),
+            "num_classes": str(num_classes),
+            "trained_on": json.dumps({"ids": num_classes, "points": official.POINTS}),
+        }
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}

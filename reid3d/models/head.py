@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -15,13 +16,15 @@ class Output(NamedTuple):
 
 
 class Head(nn.Module):
-    """Linear without bias -> BatchNorm = descriptor; dropout -> classifier = logits of the training ids.
+    """Linear -> BatchNorm (-> LeakyReLU) = descriptor; dropout -> classifier = logits of the training ids.
 
     Args:
         c_in: channels of the pooled input.
         dim: D, length of the descriptor.
         num_classes: training ids; 0 for no classifier.
         dropout: probability, in front of the classifier.
+        bias: of the linear layer; BatchNorm takes it away again, but it is among the published parameters.
+        slope: of the LeakyReLU below 0; 1 for none.
 
     Initialised as the published OG-Net: linear Kaiming normal by fan-out, norm N(1, 0.02), classifier N(0, 1e-6),
     biases 0. The published code drops out in place, so that a metric loss sees the dropped descriptor; ours, the whole.
@@ -29,13 +32,18 @@ class Head(nn.Module):
     Source: layumi/person-reid-3d, ``model_efficient.py``.
     """
 
-    def __init__(self, c_in: int, dim: int, num_classes: int, dropout: float) -> None:
+    def __init__(
+        self, c_in: int, dim: int, num_classes: int, dropout: float, *, bias: bool = False, slope: float = 1.0
+    ) -> None:
         super().__init__()
-        self.linear = nn.Linear(c_in, dim, bias=False)
+        self.slope = slope
+        self.linear = nn.Linear(c_in, dim, bias=bias)
         self.norm = nn.BatchNorm1d(dim)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(dim, num_classes) if num_classes else None
         nn.init.kaiming_normal_(self.linear.weight, mode="fan_out")
+        if bias:
+            nn.init.zeros_(self.linear.bias)
         nn.init.normal_(self.norm.weight, 1.0, 0.02)
         if self.classifier is not None:
             nn.init.normal_(self.classifier.weight, 0.0, 1e-6)
@@ -43,7 +51,7 @@ class Head(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor | Output:
         """pooled (B, c_in) -> in eval mode feats (B, D), in training mode Output."""
-        feats = self.norm(self.linear(pooled))
+        feats = F.leaky_relu(self.norm(self.linear(pooled)), self.slope)
         if not self.training:
             return feats
         return Output(feats, self.classifier(self.dropout(feats)) if self.classifier is not None else None)

@@ -23,7 +23,7 @@ def saved(tmp_path):
 
 
 def test_names():
-    assert list_models() == ["ognet", "ognet_deep", "ognet_small"]
+    assert list_models() == ["dgcnn", "ognet", "ognet_deep", "ognet_small", "pointnet2_msg", "pointnet2_ssg"]
     model = create_model("ognet", 3)
     assert (model.name, model.num_classes, model.inputs, model.training) == ("ognet", 3, "cloud", True)
 
@@ -88,9 +88,13 @@ def test_metadata(saved):
 
 
 def test_errors(saved, tmp_path):
-    with pytest.raises(ValueError, match="one of ognet, ognet_deep, ognet_small, got 'resnet'"):
+    with pytest.raises(
+        ValueError, match="one of dgcnn, ognet, ognet_deep, ognet_small, pointnet2_msg, pointnet2_ssg, got 'resnet'"
+    ):
         create_model("resnet")
-    with pytest.raises(ValueError, match="one of ognet, ognet_deep, ognet_small, got None"):
+    with pytest.raises(
+        ValueError, match="one of dgcnn, ognet, ognet_deep, ognet_small, pointnet2_msg, pointnet2_ssg, got None"
+    ):
         create_model()
     with pytest.raises(ValueError, match="ognet has the arguments k, convs, .*, dropout, .*, preset, got depth"):
         create_model("ognet", depth=3)
