@@ -17,6 +17,8 @@ from reid3d.models import create_model, save_weights
 from tests.capsules import write_capsules
 
 COMMANDS = ["synth", "convert", "train", "eval", "view", "doctor", "bench"]
+GROUPS = [f"--{group}" for group in ("model", "cloud", "sampling", "loss", "train", "validation")]
+GROUPS += [f"--loss.{name}" for name in ("circle", "triplet", "contrastive", "instance")]
 SMALL = {"init_points": 128, "k": 8}
 
 
@@ -57,7 +59,7 @@ def test_help_of_each_command_shows_the_defaults(command, capsys):
     code, out, _ = call(capsys, command, "--help")
     assert code == 0 and f"reid3d {command}" in out
     for option in [line.split()[0] for line in out.splitlines() if line.startswith("  --")]:
-        if option not in ("--json", "--recipe", "--data", "--out", "--model", "--cloud", "--train"):
+        if option not in ("--json", "--recipe", "--data", "--out", *GROUPS):
             help = " ".join(out.split()).split(f" {option} ")[-1]
             assert "default: " in help, option
 

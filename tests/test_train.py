@@ -15,7 +15,9 @@ import torch
 
 from reid3d.cloud import PointCloud
 from reid3d.config import (
+    CircleConfig,
     CloudConfig,
+    LossConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
@@ -373,6 +375,19 @@ class TestConfig:
             ("{}", ["--train.batch", "1"], "train.batch must be at least 2"),
             ("{}", ["--cloud.workers", "-1"], "cloud.workers must not be negative"),
             ("{}", ["--train.seed", "99999999999999999999"], "train.seed must be less than 2\\*\\*63, got 9999"),
+            ("loss: {circle: {wieght: 1}}", [], "wieght"),
+            ("{}", ["--loss.circle.wieght", "1"], "loss.circle.wieght"),
+            ("{}", ["--loss.circle.weight", "-1"], "loss.circle.weight must not be negative, got -1"),
+            ("{}", ["--loss.circle.gamma", "0"], "loss.circle.gamma must be positive, got 0"),
+            ("{}", ["--loss.circle.over", "all"], "loss.circle.over"),
+            ("{}", ["--loss.triplet.margin", "-0.1"], "loss.triplet.margin must not be negative, got -0.1"),
+            ("{}", ["--loss.label_smoothing", "1"], "loss.label_smoothing must be at least 0 and less than 1, got 1"),
+            ("{}", ["--sampling.kind", "random"], "sampling.kind"),
+            ("{}", ["--sampling.k", "1"], "sampling.k must be at least 2 .*, got 1"),
+            ("{}", ["--sampling.n", "0"], "sampling.n must be positive, got 0"),
+            ("{}", ["--train.clip", ".nan"], "train.clip must not be negative, got nan"),
+            ("{}", ["--train.average_from", "1.1"], "train.average_from must be from 0 to 1, got 1.1"),
+            ("{}", ["--validation.share", "1"], "validation.share must be at least 0 and less than 1, got 1"),
             ("model: [", [], "config"),
         ],
     )
@@ -382,6 +397,24 @@ class TestConfig:
         with pytest.raises(ValueError, match=message) as caught:
             read_config(str(path), ["--data", "d", "--out", "o", *overrides])
         assert "\n" not in str(caught.value)
+
+    def test_choices_are_checked_in_python_too(self):
+        with pytest.raises(ValueError, match="train.optimizer must be one of adam, adamw, sgd, got 'adma'"):
+            TrainConfig("d", "o", train=OptimConfig(optimizer="adma"))
+        with pytest.raises(ValueError, match="loss.circle.over must be one of anchors, batch, got 'pairs'"):
+            TrainConfig("d", "o", loss=LossConfig(circle=CircleConfig(over="pairs")))
+
+    def test_parts_of_parts(self, tmp_path):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(
+            "loss: {circle: {weight: 1, over: batch}, triplet: {margin: null}}\nsampling: {kind: pk, k: 2}\n"
+        )
+        read = read_config(str(path), ["--data", "d", "--out", "o", "--loss.circle.gamma", "96", "--sampling.p", "8"])
+        assert read.loss.circle == CircleConfig(1.0, 0.25, 96.0, "batch")
+        assert (read.loss.triplet.margin, read.loss.triplet.weight, read.batch) == (None, 0.0, 16)
+        path.write_text(dump_config(read))
+        assert read_config(str(path)) == read
+        assert read_config(str(path), ["--sampling.kind", "class"]).batch == OptimConfig().batch
 
     def test_data_and_out_are_needed(self):
         with pytest.raises(ValueError, match="required: .*out"):
