@@ -452,6 +452,13 @@ def test_queries_without_a_match_are_named_before_any_work(run, capsys, tmp_path
         (OSError(28, "No space left on device", "x.json"), 1, "reid3d: error: No space left on device: x.json"),
         (RuntimeError("out of memory\nadvice\n"), 1, "reid3d: error: out of memory"),
         (ValueError("a\n  b"), 1, "reid3d: error: a b"),
+        (
+            ValueError(
+                "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback:\nValueError: a.jpg: b: c"
+            ),
+            1,
+            "reid3d: error: a.jpg: b: c",
+        ),
         (MemoryError(), 1, "reid3d: error: MemoryError"),
     ],
 )

@@ -42,8 +42,10 @@ class CloudSplit(Dataset[tuple[Any, ...]]):
         self.transform: Transform | None = None
         rows = ((shard, i, record) for shard in shards for i, record in enumerate(shard.records))
         mine = [row for row in rows if row[2].split == name]
-        self._places = [(shard, i) for shard, i, _ in mine]
-        self.records: list[Record] = [record for _, _, record in mine]
+        self._hold([(shard, i) for shard, i, _ in mine], [record for _, _, record in mine])
+
+    def _hold(self, places: list[tuple[Shard, int]], records: list[Record]) -> None:
+        self._places, self.records = places, records
         self.pids = np.array([record.pid for record in self.records], np.int64)
         self.camids = np.array([record.camid for record in self.records], np.int64)
         self.times = np.array([record.time for record in self.records], np.int64)
@@ -60,9 +62,12 @@ class CloudSplit(Dataset[tuple[Any, ...]]):
         return len(self.records)
 
     def cloud(self, i: int) -> PointCloud:
-        """The whole cloud i, untransformed."""
+        """The whole cloud i, untransformed. Raises: ValueError naming it when it is corrupt, as with NaN in it."""
         shard, row = self._places[i]
-        return shard[row]
+        try:
+            return shard[row]
+        except ValueError as error:
+            raise ValueError(f"{self.records[i].name}: {error}") from error
 
     def __getitem__(self, i: int | tuple[int, int]) -> tuple[Any, ...]:
         i, draw = i if isinstance(i, tuple) else (i, 0)
@@ -74,6 +79,12 @@ class CloudSplit(Dataset[tuple[Any, ...]]):
         """The same clouds through another transform, at epoch 0."""
         other = copy.copy(self)
         other.transform, other.seed, other._epoch = transform, seed, _shared_zero()
+        return other
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> CloudSplit:
+        """These of the clouds alone, at epoch 0, with labels of their own."""
+        other = copy.copy(self)
+        other._hold([self._places[i] for i in rows], [self.records[i] for i in rows])
         return other
 
     def set_epoch(self, epoch: int) -> None:

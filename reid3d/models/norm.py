@@ -1,6 +1,7 @@
-"""Batch normalisation over all processes of a training: each has a part of the batch, its statistics are of the whole.
+"""What the processes of a training share of a batch: each has a part of it, statistics and pairs are of the whole.
 
 ``nn.SyncBatchNorm`` does so on GPUs alone, and only for its own layers; here whoever has moments can merge them.
+Without a process group, or in one of one process, each function gives back what it got.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 def global_moments(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, int | Tensor]:
     """The mean and biased variance of the rows of all processes, from those of this one's ``count`` rows.
 
-    Without a process group, or in one of one process, these are the arguments themselves. Else the result is the same
-    in every process, its gradient flows into the arguments of each, and count is a tensor.
+    In several, the result is the same in each, its gradient flows into the arguments of all, and count is a tensor.
 
     Args:
         mean, var: (C,). count: at least 1; may differ by process.
@@ -28,6 +28,15 @@ def global_moments(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tenso
     total, all_mean = sums[-1], sums[:-1] / sums[-1]
     # About the mean of all: sums of squares about 0 would cancel.
     return all_mean, _Sum.apply((var + (mean - all_mean).square()) * count) / total, total.detach()
+
+
+def global_rows(rows: Tensor) -> Tensor:
+    """The rows (B, ...) of all processes, below each other in their order, B the same in all; gradients flow back."""
+    if _one_process():
+        return rows
+    before, after = dist.get_rank() * len(rows), (dist.get_world_size() - dist.get_rank() - 1) * len(rows)
+    blank = rows.shape[1:]
+    return _Sum.apply(torch.cat((rows.new_zeros(before, *blank), rows, rows.new_zeros(after, *blank))))
 
 
 class BatchNorm(nn.BatchNorm1d):
