@@ -425,7 +425,12 @@ class TestEverything:
             assert [value for _, value in seen] == pytest.approx([value for _, value in told])
 
     def test_run_interrupted_at_any_file_ends_the_same(self, crowd, tiny, tmp_path, monkeypatch):
-        whole = train(everything(crowd, tmp_path / "whole"))
+        def settings(out):
+            part = everything(crowd, out)
+            part.train.epochs, part.train.tensorboard = 3, False
+            return part
+
+        whole = train(settings(tmp_path / "whole"))
         names = ("model.safetensors", "model_last.safetensors", "model_best.safetensors")
         real, moment = os.replace, 0
         while True:
@@ -441,16 +446,16 @@ class TestEverything:
             try:
                 with monkeypatch.context() as patch:
                     patch.setattr(os, "replace", stop)
-                    train(everything(crowd, run))
+                    train(settings(run))
                 break
             except KeyboardInterrupt:
-                train(everything(crowd, run))
+                train(settings(run))
             assert_same_weights(run, whole)
             assert figures(run) == figures(whole)
             for name in names:
                 ours, theirs = (load_file(folder / name) for folder in (run, whole))
                 assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
-        assert moment > 13  # files: the config, of each epoch the weights and the checkpoint, the average and the last
+        assert moment > 9  # files: the config, of each epoch the weights and the checkpoint, the average and the last
 
     def test_run_interrupted_in_a_step_ends_the_same(self, crowd, tiny, tmp_path, monkeypatch):
         import reid3d.train as module
@@ -787,7 +792,7 @@ class TestBalancedSampler:
 
 
 # Of the README of layumi/person-reid-3d: data, model, gamma of the circle loss, Rank-1, mAP, batch, learning rate,
-# epochs, sampling, start of the average, weight decay. Duke's OG-Net-Small has a --class without a value there; 1 is a guess.
+# epochs, sampling, start of the average, weight decay. Duke's OG-Net-Small has --class without a value there.
 PUBLISHED = """\
 market ognet - 86.82 69.02 36 1e-3 1500 class:3 0.9 5e-4
 market ognet 64 87.80 70.56 36 1e-3 1500 balanced 0.9 5e-4
