@@ -471,7 +471,10 @@ def _summary_writer() -> Any:
 def _claim(run: Path, config: TrainConfig) -> None:
     """Make the folder this config's, or see that it is; before the first checkpoint there is nothing to lose."""
     path = run / "config.yaml"
-    if path.exists() and (run / "checkpoint.pt").exists():
+    if not (run / "checkpoint.pt").exists():
+        for name in ("model_last", "model_best"):  # of a run that was thrown away; the first would end this one early
+            (run / f"{name}.safetensors").unlink(missing_ok=True)
+    elif path.exists():
         theirs, ours = _flat(asdict(read_config(str(path)))), _flat(asdict(config))
         keys = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k) and k not in MAY_CHANGE)
         if keys:

@@ -400,10 +400,15 @@ def figures(run):
     return [{k: v for k, v in line.items() if k not in ("seconds", "clouds_per_second")} for line in lines]
 
 
+def board(run, name):
+    """(epoch, value) as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [(event.step, event.value) for event in EventAccumulator(str(run / "tensorboard")).Reload().Scalars(name)]
+
+
 class TestEverything:
     def test_run_folder(self, crowd, tiny, tmp_path):
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
         run = train(everything(crowd, tmp_path / "run"))
         names = {"config.yaml", "metrics.jsonl", "checkpoint.pt", "tensorboard"}
         names |= {"model.safetensors", "model_last.safetensors", "model_best.safetensors"}
@@ -417,9 +422,8 @@ class TestEverything:
             parts = line["cross_entropy"] + 0.5 * line["circle"] + line["triplet"] + 2 * line["instance"]
             assert line["loss"] == pytest.approx(parts, rel=1e-5)
         assert [line["lr"] for line in lines] == pytest.approx([1e-3] * 4 + [1e-4])
-        events = EventAccumulator(str(run / "tensorboard")).Reload()
         for name in ("loss", "triplet", "mAP"):
-            seen = [(event.step, event.value) for event in events.Scalars(name)]
+            seen = board(run, name)
             told = [(line["epoch"], line[name]) for line in lines if name in line]
             assert [step for step, _ in seen] == [step for step, _ in told]
             assert [value for _, value in seen] == pytest.approx([value for _, value in told])
@@ -457,6 +461,12 @@ class TestEverything:
                 assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
         assert moment > 9  # files: the config, of each epoch the weights and the checkpoint, the average and the last
 
+    def test_a_run_that_was_thrown_away_leaves_nothing(self, crowd, tiny, tmp_path):
+        run = train(everything(crowd, tmp_path / "run"))
+        (run / "checkpoint.pt").unlink()
+        train(small(crowd, run, epochs=1))
+        assert not (run / "model_last.safetensors").exists() and not (run / "model_best.safetensors").exists()
+
     def test_run_interrupted_in_a_step_ends_the_same(self, crowd, tiny, tmp_path, monkeypatch):
         import reid3d.train as module
 
@@ -479,6 +489,7 @@ class TestEverything:
             train(everything(crowd, run))
             assert_same_weights(run, whole)
             assert figures(run) == figures(whole)
+            assert board(run, "loss") == board(whole, "loss")
 
     def test_run_killed_between_the_average_and_the_last_weights_ends_the_same(self, crowd, tmp_path):
         def settings(out):
