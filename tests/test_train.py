@@ -898,7 +898,7 @@ class TestConfig:
         with pytest.raises(ValueError, match="one of demo, ognet_circle_cuhk, .*, synth, got"):
             recipe_path("demonstration")
 
-    @pytest.mark.parametrize("name", ["demo", "ognet_deep_market", "synth"])
+    @pytest.mark.parametrize("name", ["demo", "ognet_deep_market", "ognet_strong", "synth"])
     def test_packaged_recipes(self, name):
         assert name in recipes()
         read = read_config(name, ["--data", "d", "--out", "o"])
