@@ -94,10 +94,12 @@ setup(
         "body": ["trimesh"],
         "ray": ["ray[data]"],
         "cuhk03": ["h5py", "scipy"],
+        "track": ["tensorboard"],
         # smplx, for non-commercial use, is an oracle of the tests and nothing else.
         "test": [
             *("pytest", "hypothesis", "ruff", "mypy"),
             *("torch-geometric", "trimesh", "ray[data]", "smplx", "h5py", "scipy", "pytorch-metric-learning"),
+            "tensorboard",
         ],
         # What `reid3d bench` compares with. torch-cluster is built from source against the torch that is there, which
         # takes minutes and needs --no-build-isolation.

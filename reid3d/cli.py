@@ -68,6 +68,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; run the same command again to go on"
     message = str(error).strip() or type(error).__name__
+    if message.startswith("Caught ") and "DataLoader worker" in message:
+        message = message.splitlines()[-1].partition(": ")[2]  # all before it is the traceback of the other process
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror + (f": {error.filename}" if error.filename else "")
     elif isinstance(error, RuntimeError):
@@ -367,6 +369,8 @@ def _train(options: argparse.Namespace) -> None:
     from .train import train
 
     run = train(config)
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first of the processes says it
     if options.json:
         last = (run / "metrics.jsonl").read_text().splitlines()[-1]
         _write_json(options.json, {"run": str(run), **json.loads(last)})

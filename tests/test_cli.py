@@ -18,6 +18,8 @@ from reid3d.models.official import write_official
 from tests.capsules import write_capsules
 
 COMMANDS = ["synth", "convert", "train", "eval", "view", "doctor", "bench"]
+GROUPS = [f"--{group}" for group in ("model", "cloud", "sampling", "loss", "train", "validation")]
+GROUPS += [f"--loss.{name}" for name in ("circle", "triplet", "contrastive", "instance")]
 SMALL = {"init_points": 128, "k": 8}
 
 
@@ -58,7 +60,7 @@ def test_help_of_each_command_shows_the_defaults(command, capsys):
     code, out, _ = call(capsys, command, "--help")
     assert code == 0 and f"reid3d {command}" in out
     for option in [line.split()[0] for line in out.splitlines() if line.startswith("  --")]:
-        if option not in ("--json", "--recipe", "--data", "--out", "--model", "--cloud", "--train"):
+        if option not in ("--json", "--recipe", "--data", "--out", *GROUPS):
             help = " ".join(out.split()).split(f" {option} ")[-1]
             assert "default: " in help, option
 
@@ -461,6 +463,13 @@ def test_queries_without_a_match_are_named_before_any_work(run, capsys, tmp_path
         (OSError(28, "No space left on device", "x.json"), 1, "reid3d: error: No space left on device: x.json"),
         (RuntimeError("out of memory\nadvice\n"), 1, "reid3d: error: out of memory"),
         (ValueError("a\n  b"), 1, "reid3d: error: a b"),
+        (
+            ValueError(
+                "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback:\nValueError: a.jpg: b: c"
+            ),
+            1,
+            "reid3d: error: a.jpg: b: c",
+        ),
         (MemoryError(), 1, "reid3d: error: MemoryError"),
     ],
 )

@@ -3,16 +3,18 @@
 from .clouds import CloudDataset, CloudSplit, open_dataset, validate_protocol
 from .images import read_image
 from .layouts import ImageRecord, Listing, list_images
-from .samplers import BalancedSampler
+from .samplers import BalancedSampler, ClassSampler, PKSampler
 from .transforms import EvalTransform, TrainTransform
 
 __all__ = [
     "BalancedSampler",
+    "ClassSampler",
     "CloudDataset",
     "CloudSplit",
     "EvalTransform",
     "ImageRecord",
     "Listing",
+    "PKSampler",
     "TrainTransform",
     "list_images",
     "open_dataset",

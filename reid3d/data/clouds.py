@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,16 +20,16 @@ from ..cloud import PointCloud
 from ..io import DATASET_FILE, Record, Shard
 from .transforms import EvalTransform
 
-Transform = Callable[[PointCloud, np.random.Generator], tuple[Tensor, Tensor]]
+Transform = Callable[[PointCloud, np.random.Generator], tuple[Tensor, ...]]
 _STREAM = 2  # of random numbers; the sampler has its own
 
 
-class CloudSplit(Dataset[tuple[Tensor, Tensor, int, int]]):
+class CloudSplit(Dataset[tuple[Any, ...]]):
     """The clouds of one split, in the order of the shards; works in DataLoader workers.
 
-    `split[i]` is (xyz float32 (P, 3), rgb float32 (P, 3) in [-0.5, 0.5], label, i), P and the rest made by the
-    transform. `split[i, draw]` is the same cloud with other random numbers: these depend on (seed, epoch, i, draw)
-    alone, draw 0 without one, never on the number or order of the workers.
+    `split[i]` is what the transform makes of the cloud, which is xyz float32 (P, 3) and rgb float32 (P, 3) in
+    [-0.5, 0.5] unless it is a loader's, then label and i. `split[i, draw]` is the same cloud with other random numbers:
+    these depend on (seed, epoch, i, draw) alone, draw 0 without one, never on the number or order of the workers.
 
     root, name: where it was read, and "train", "query", "gallery" or "all". transform: None until one is chosen, which
     is EvalTransform() here, and in `extract` with as many points as the model was trained with. records: list of
@@ -42,8 +42,10 @@ class CloudSplit(Dataset[tuple[Tensor, Tensor, int, int]]):
         self.transform: Transform | None = None
         rows = ((shard, i, record) for shard in shards for i, record in enumerate(shard.records))
         mine = [row for row in rows if row[2].split == name]
-        self._places = [(shard, i) for shard, i, _ in mine]
-        self.records: list[Record] = [record for _, _, record in mine]
+        self._hold([(shard, i) for shard, i, _ in mine], [record for _, _, record in mine])
+
+    def _hold(self, places: list[tuple[Shard, int]], records: list[Record]) -> None:
+        self._places, self.records = places, records
         self.pids = np.array([record.pid for record in self.records], np.int64)
         self.camids = np.array([record.camid for record in self.records], np.int64)
         self.times = np.array([record.time for record in self.records], np.int64)
@@ -60,21 +62,29 @@ class CloudSplit(Dataset[tuple[Tensor, Tensor, int, int]]):
         return len(self.records)
 
     def cloud(self, i: int) -> PointCloud:
-        """The whole cloud i, untransformed."""
+        """The whole cloud i, untransformed. Raises: ValueError naming it when it is corrupt, as with NaN in it."""
         shard, row = self._places[i]
-        return shard[row]
+        try:
+            return shard[row]
+        except ValueError as error:
+            raise ValueError(f"{self.records[i].name}: {error}") from error
 
-    def __getitem__(self, i: int | tuple[int, int]) -> tuple[Tensor, Tensor, int, int]:
+    def __getitem__(self, i: int | tuple[int, int]) -> tuple[Any, ...]:
         i, draw = i if isinstance(i, tuple) else (i, 0)
         i = range(len(self))[i]
         rng = np.random.default_rng((_STREAM, self.seed, int(self._epoch), i, draw))
-        xyz, rgb = (self.transform or EvalTransform())(self.cloud(i), rng)
-        return xyz, rgb, int(self.labels[i]), i
+        return *(self.transform or EvalTransform())(self.cloud(i), rng), int(self.labels[i]), i
 
     def with_transform(self, transform: Transform, seed: int = 0) -> CloudSplit:
         """The same clouds through another transform, at epoch 0."""
         other = copy.copy(self)
         other.transform, other.seed, other._epoch = transform, seed, _shared_zero()
+        return other
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> CloudSplit:
+        """These of the clouds alone, at epoch 0, with labels of their own."""
+        other = copy.copy(self)
+        other._hold([self._places[i] for i in rows], [self.records[i] for i in rows])
         return other
 
     def set_epoch(self, epoch: int) -> None:

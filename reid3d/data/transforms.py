@@ -25,14 +25,9 @@ def _evenly(n: int, points: int) -> np.ndarray:
     return np.linspace(0, n - 1, points, dtype=np.int64)
 
 
-def _centred(cloud: PointCloud) -> np.ndarray:
-    """xyz (N, 3) float32 about the mean of all points."""
-    return cloud.xyz - cloud.xyz.mean(axis=0, dtype=np.float64).astype(np.float32)
-
-
-def _tensors(xyz: np.ndarray, rgb: np.ndarray) -> tuple[Tensor, Tensor]:
-    colours = rgb.astype(np.float32) / np.float32(255) - np.float32(0.5)
-    return torch.from_numpy(np.ascontiguousarray(xyz)), torch.from_numpy(colours)
+def _mean(cloud: PointCloud) -> np.ndarray:
+    """Of all points, (3,) float32. An axis in a row is added up ten times as fast as the rows of xyz."""
+    return cloud.xyz.T.astype(np.float64, order="C").mean(axis=1).astype(np.float32)
 
 
 def _checked(cloud: PointCloud, points: int, background: bool) -> PointCloud:
@@ -43,6 +38,23 @@ def _checked(cloud: PointCloud, points: int, background: bool) -> PointCloud:
         raise ValueError("cloud must have at least one point, got none")
     body = cloud.vertex >= 0
     return cloud if background or not body.any() else PointCloud(cloud.xyz[body], cloud.rgb[body], cloud.vertex[body])
+
+
+def place(xyz: Tensor, rgb: Tensor, move: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Points as they were picked to what a network is fed with: the arithmetic, for a batch, on any device.
+
+    Args:
+        xyz: (B, P, 3) float32 metres. rgb: (B, P, 3) uint8.
+        move: (B, 2, 3) float32, what to subtract from each axis, and then to multiply it by.
+        noise: (B, P, 3) standard normal: moves each coordinate by N(0, 1 cm), clipped at 1 cm. None for no jitter.
+
+    Returns: xyz float32 metres about 0, rgb float32 in [-0.5, 0.5].
+    """
+    centre, factor = move.unsqueeze(2).unbind(1)
+    xyz = (xyz - centre) * factor
+    if noise is not None:
+        xyz += noise.clamp(-1, 1) * JITTER
+    return xyz, rgb.float() / 255 - 0.5
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,8 @@ class EvalTransform:
 
     def __call__(self, cloud: PointCloud, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         cloud = _checked(cloud, self.points, self.background)
-        chosen = _evenly(len(cloud), self.points)
-        return _tensors(_centred(cloud)[chosen], cloud.rgb[chosen])
+        picked = _take(cloud, _evenly(len(cloud), self.points), np.stack([_mean(cloud), np.ones(3, np.float32)]))
+        return _alone(*picked)
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,9 @@ class TrainTransform:
 
     Returns and raises as EvalTransform. The random subset is drawn without replacement from all points (the published
     one leaves out the last point).
+
+    Training does the same in two steps: `pick` in the loader's processes draws what is cheap to draw, and `place` does
+    the arithmetic and adds the noise for a whole batch, on the device of the network.
     """
 
     points: int = 4096
@@ -89,18 +104,32 @@ class TrainTransform:
     background: bool = True
 
     def __call__(self, cloud: PointCloud, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        picked = self.pick(cloud, rng)
+        noise = rng.standard_normal((self.points, 3), dtype=np.float32) if self.jitter else None
+        return _alone(*picked, noise=None if noise is None else torch.from_numpy(noise))
+
+    def pick(self, cloud: PointCloud, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The points of one cloud as they are, xyz (points, 3) float32 and rgb uint8, and move (2, 3): see `place`."""
         cloud = _checked(cloud, self.points, self.background)
         n = len(cloud)
         if rng.random() < 0.5 and self.points < n:
             chosen = np.sort(rng.choice(n, self.points, replace=False, shuffle=False))
         else:
             chosen = _evenly(n, self.points)
-        xyz = _centred(cloud)[chosen]
+        factor = np.ones(3, np.float32)
         if self.flip and rng.random() < 0.5:
-            xyz[:, 0] *= -1
+            factor[0] = -1
         if self.scale:
-            xyz *= rng.uniform(*STRETCH, size=3).astype(np.float32)
-        if self.jitter:
-            noise = rng.standard_normal(xyz.shape, dtype=np.float32) * np.float32(JITTER)
-            xyz += noise.clip(-JITTER, JITTER)
-        return _tensors(xyz, cloud.rgb[chosen])
+            factor *= rng.uniform(*STRETCH, size=3).astype(np.float32)
+        return _take(cloud, chosen, np.stack([_mean(cloud), factor]))
+
+
+def _take(cloud: PointCloud, chosen: np.ndarray, move: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    xyz, rgb = cloud.xyz.take(chosen, axis=0), cloud.rgb.take(chosen, axis=0)  # indexing by [] takes four times as long
+    return torch.from_numpy(xyz), torch.from_numpy(rgb), torch.from_numpy(move)
+
+
+def _alone(xyz: Tensor, rgb: Tensor, move: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`place` for one cloud."""
+    xyz, rgb = place(xyz[None], rgb[None], move[None], noise)
+    return xyz[0], rgb[0]

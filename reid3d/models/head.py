@@ -7,12 +7,17 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .norm import BatchNorm
+
 
 class Output(NamedTuple):
-    """What a model returns in training mode: feats (B, D), before dropout, and logits (B, num_classes) or None."""
+    """What a model returns in training mode: feats (B, D), the descriptor, logits (B, num_classes) or None, and dropped
+    (B, D), the descriptor after dropout, which the classifier saw, or None from a model that has none.
+    """
 
     feats: Tensor
     logits: Tensor | None
+    dropped: Tensor | None = None
 
 
 class Head(nn.Module):
@@ -27,7 +32,8 @@ class Head(nn.Module):
         slope: of the LeakyReLU below 0; 1 for none.
 
     Initialised as the published OG-Net: linear Kaiming normal by fan-out, norm N(1, 0.02), classifier N(0, 1e-6),
-    biases 0. The published code drops out in place, so that a metric loss sees the dropped descriptor; ours, the whole.
+    biases 0. The published code drops out in place, so that a metric loss sees the dropped descriptor; here it may see
+    either. In one of several processes the norm is over the clouds of all.
 
     Source: layumi/person-reid-3d, ``model_efficient.py``.
     """
@@ -38,7 +44,7 @@ class Head(nn.Module):
         super().__init__()
         self.slope = slope
         self.linear = nn.Linear(c_in, dim, bias=bias)
-        self.norm = nn.BatchNorm1d(dim)
+        self.norm = BatchNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(dim, num_classes) if num_classes else None
         nn.init.kaiming_normal_(self.linear.weight, mode="fan_out")
@@ -54,4 +60,5 @@ class Head(nn.Module):
         feats = F.leaky_relu(self.norm(self.linear(pooled)), self.slope)
         if not self.training:
             return feats
-        return Output(feats, self.classifier(self.dropout(feats)) if self.classifier is not None else None)
+        dropped = self.dropout(feats)
+        return Output(feats, self.classifier(dropped) if self.classifier is not None else None, dropped)

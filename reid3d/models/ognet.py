@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .head import Head, Output
+from .norm import global_moments
 
 SLOPE = 0.2  # of every LeakyReLU
 BALLS = ((0.1, 8), (0.2, 16), (0.4, 32))  # radius in metres and points kept, the same at every stage
@@ -81,11 +82,12 @@ class FoldedNorm(nn.BatchNorm1d):
         if mean is None or var is None:
             mean, var = self.running_mean, self.running_var
         else:
+            mean, var, n = global_moments(mean, var, count)
             var = var.clamp_min(0)
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, 0.1)
-                self.running_var.lerp_(var * (count / (count - 1)), 0.1)
+                self.running_var.lerp_(var * (n / (n - 1)), 0.1)
         scale = self.weight * torch.rsqrt(var + self.eps)
         return scale, self.bias - mean * scale
 

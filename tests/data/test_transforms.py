@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from reid3d.cloud import PointCloud
-from reid3d.data.transforms import EvalTransform, TrainTransform
+from reid3d.data.transforms import EvalTransform, TrainTransform, place
 
 
 def make_cloud(n, seed=0):
@@ -139,6 +139,25 @@ def test_jitter():
     assert abs(noise).max() <= 0.01 + 1e-6
     assert abs(noise.mean()) < 5e-4
     assert abs((abs(noise) > 0.00999).mean() - 0.317) < 0.02  # what a normal has beyond one deviation
+
+
+@pytest.mark.parametrize("jitter", [False, True])
+def test_a_batch_is_placed_as_each_cloud_is(jitter):
+    transform, clouds = TrainTransform(40, jitter=jitter), [make_cloud(90, seed) for seed in range(6)]
+    picked = [transform.pick(cloud, rng(seed)) for seed, cloud in enumerate(clouds)]
+    assert all((xyz.dtype, rgb.dtype) == (torch.float32, torch.uint8) for xyz, rgb, _ in picked)
+    for cloud, (xyz, rgb, _) in zip(clouds, picked, strict=True):  # points of the cloud, as they are
+        rows = {(*a, *b) for a, b in zip(cloud.xyz.tolist(), cloud.rgb.tolist(), strict=True)}
+        assert {(*a, *b) for a, b in zip(xyz.tolist(), rgb.tolist(), strict=True)} <= rows
+    generators = [rng(seed) for seed in range(6)]
+    alone = [transform(cloud, generator) for cloud, generator in zip(clouds, generators, strict=True)]
+    noise = None
+    if jitter:
+        plain = [place(*(part[None] for part in one))[0][0] for one in picked]
+        noise = torch.stack([(xyz - still) / 0.01 for (xyz, _), still in zip(alone, plain, strict=True)])
+    xyz, rgb = place(*(torch.stack(part) for part in zip(*picked, strict=True)), noise)
+    torch.testing.assert_close(xyz, torch.stack([one for one, _ in alone]))
+    assert torch.equal(rgb, torch.stack([one for _, one in alone]))
 
 
 def test_errors():
