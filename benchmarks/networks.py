@@ -3,9 +3,9 @@
     python benchmarks/networks.py benchmarks/results/networks-cpu.json [--folder build/worlds] [--seeds 3] [--workers 2]
                                   [--networks ognet ognet_strong pointnet2_msg dgcnn]
 
-All learn from the clouds of the recipe `synth`, for as many epochs with as many clouds a batch. ognet, pointnet2_msg and
-dgcnn are trained as it says (cross-entropy, balanced draws, Adam); ognet_strong, of the same parameters as ognet, as its
-own recipe says. Hours; what was done is kept, in the folder and in the file, and the same command goes on.
+All learn from the clouds of the recipe `synth`, for as many epochs with as many clouds a batch. ognet, pointnet2_msg
+and dgcnn are trained as it says (cross-entropy, balanced draws, Adam); ognet_strong, of the same parameters as ognet,
+as its own recipe says. Hours; what was done is kept, in the folder and in the file, and the same command goes on.
 """
 
 import argparse
