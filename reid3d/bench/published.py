@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..models.ognet import BALLS, HOLE, SLOPE, OGNet
+from ..models.ognet import BALLS, SLOPE, OGNet, sample_outside_hole
 
 
 class Search(NamedTuple):
@@ -27,13 +27,6 @@ class Search(NamedTuple):
     sample: Callable[[Tensor, int], Tensor]
     ball: Callable[[Tensor, Tensor, float, int], Tensor]
     nearest: Callable[[Tensor, Tensor, int], Tensor]
-
-
-def sample_outside_the_hole(xyz: Tensor, m: int) -> Tensor:
-    """The published sampler, compiled: it begins at index 0 and takes no point near the origin."""
-    hole = xyz.square().sum(2, keepdim=True) <= HOLE
-    hole[:, 0] = False
-    return ops.farthest_point_sample(xyz.masked_fill(hole, torch.nan), m)
 
 
 def nearest_by_products(query: Tensor, points: Tensor, k: int) -> Tensor:
@@ -48,7 +41,7 @@ def nearest_exactly(query: Tensor, points: Tensor, k: int) -> Tensor:
     return ops.knn(query, points, k).idx
 
 
-AS_PUBLISHED = Search(sample_outside_the_hole, ops.ball_query, nearest_by_products)
+AS_PUBLISHED = Search(sample_outside_hole, ops.ball_query, nearest_by_products)
 AS_OURS = AS_PUBLISHED._replace(nearest=nearest_exactly)
 
 Running = dict[Any, tuple[Tensor, Tensor]]  # the new statistics of each BatchNorm

@@ -1,26 +1,28 @@
-"""What networks on coloured point clouds have in common: what they take, in which precision, and how a linear layer and
-the batch normalisation of its output become one.
-"""
+"""What networks of coloured point clouds have in common: what they take, and in which precision."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from .head import Output
-from .ognet import FoldedNorm
 
 EMBEDDING = 512  # numbers in a descriptor
 
 
 class CloudNet(nn.Module):
-    """A network of clouds of at least ``min_points`` points; a subclass says in ``describe`` what it makes of them."""
+    """A network of clouds of at least ``min_points`` points; a subclass says in ``describe`` what it makes of them, and
+    by ``autocast`` whether it can do so under autocast: without, it computes in float32 all the same.
+    """
 
     inputs = "cloud"
+    autocast = False
     min_points = 1
 
     def forward(self, xyz: Tensor, rgb: Tensor) -> Tensor | Output:
-        """Describe B clouds of N points each. Autocast is left out: neighbours and statistics need whole float32.
+        """Describe B clouds of N points each.
 
         Args:
             xyz: (B, N, 3) metres, about the mean of the cloud, N >= min_points.
@@ -36,26 +38,10 @@ class CloudNet(nn.Module):
             raise ValueError(f"xyz and rgb must both be (B, N, 3), got {tuple(xyz.shape)} and {tuple(rgb.shape)}")
         if xyz.shape[1] < self.min_points:
             raise ValueError(f"xyz must have N >= {self.min_points} points, got {xyz.shape[1]}")
-        if torch.is_autocast_enabled(xyz.device.type):
-            dtype = torch.promote_types(xyz.dtype, torch.float32)
-            with torch.autocast(xyz.device.type, enabled=False):
-                return self.describe(xyz.to(dtype), rgb.to(dtype))
-        return self.describe(xyz, rgb)
+        dtype = torch.promote_types(xyz.dtype, torch.float32)
+        with nullcontext() if self.autocast else torch.autocast(xyz.device.type, enabled=False):
+            return self.describe(xyz.to(dtype), rgb.to(dtype))
 
     def describe(self, xyz: Tensor, rgb: Tensor) -> Tensor | Output:
         """As ``forward``, of clouds that were checked."""
         raise NotImplementedError
-
-
-def normalise(
-    norm: FoldedNorm, weight: Tensor, offset: Tensor | float, moments: tuple[Tensor, Tensor] | None, count: int
-) -> tuple[Tensor, Tensor]:
-    """The batch normalisation of weight @ z + offset, as another weight and offset; from the mean and covariance of
-    ``count`` vectors z, or the running statistics.
-    """
-    if moments is None:
-        scale, shift = norm.fold()
-    else:
-        mean, cov = moments
-        scale, shift = norm.fold(weight @ mean + offset, (weight @ cov * weight).sum(1), count)
-    return scale.unsqueeze(1) * weight, scale * offset + shift

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.transpose import TransposedGraph
-from .cloud_net import EMBEDDING, CloudNet, normalise
+from .cloud_net import EMBEDDING, CloudNet
 from .head import Head, Output
-from .ognet import SLOPE, FoldedNorm
+from .norm import FoldedNorm, normalise
+from .ognet import SLOPE
 
 
 class EdgeConv(nn.Module):

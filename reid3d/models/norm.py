@@ -1,7 +1,8 @@
-"""What the processes of a training share of a batch: each has a part of it, statistics and pairs are of the whole.
+"""Batch normalisation: folded into what it is applied to, and over the whole batch where several processes train.
 
-``nn.SyncBatchNorm`` does so on GPUs alone, and only for its own layers; here whoever has moments can merge them.
-Without a process group, or in one of one process, each function gives back what it got.
+Each of these has a part of a batch; statistics and pairs are of the whole. ``nn.SyncBatchNorm`` does so on GPUs alone,
+and only for its own layers; here whoever has moments can merge them. Without a process group, or in one of one process,
+each function gives back what it got.
 """
 
 from __future__ import annotations
@@ -58,6 +59,45 @@ class BatchNorm(nn.BatchNorm1d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
         return (x - mean) * (self.weight * torch.rsqrt(var + self.eps)) + self.bias
+
+
+class FoldedNorm(nn.BatchNorm1d):
+    """BatchNorm as a (scale, shift) to apply elsewhere; parameters, buffers and their updates are BatchNorm1d's."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def fold(self, mean: Tensor | None = None, var: Tensor | None = None, count: int = 0) -> tuple[Tensor, Tensor]:
+        """From the mean and biased variance of ``count`` rows, which move the running ones; from those without.
+
+        ``var`` may be a little below 0, rounded from a sum of terms that cancel: it is 0 then.
+        """
+        if mean is None or var is None:
+            mean, var = self.running_mean, self.running_var
+        else:
+            mean, var, n = global_moments(mean, var, count)
+            var = var.clamp_min(0)
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, 0.1)
+                self.running_var.lerp_(var * (n / (n - 1)), 0.1)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return scale, self.bias - mean * scale
+
+
+def normalise(
+    norm: FoldedNorm, weight: Tensor, offset: Tensor | float, moments: tuple[Tensor, Tensor] | None, count: int
+) -> tuple[Tensor, Tensor]:
+    """The batch normalisation of weight @ z + offset, as another weight and offset; from the mean and covariance of
+    ``count`` vectors z, or the running statistics.
+    """
+    if moments is None:
+        scale, shift = norm.fold()
+    else:
+        mean, cov = moments
+        scale, shift = norm.fold(weight @ mean + offset, (weight @ cov * weight).sum(1), count)
+    return scale.unsqueeze(1) * weight, scale * offset + shift
 
 
 def _one_process() -> bool:

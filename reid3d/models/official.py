@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..io import atomic_write
-from .ognet import OGNet, Stage, ognet, ognet_deep, ognet_small
+from .ognet import Form, OGNet, Stage, ognet, ognet_deep, ognet_small
 
 POINTS = 4096  # a cloud, in all recipes
 PREFIX = "module."  # of DataParallel
@@ -76,6 +76,9 @@ def write_official(model: OGNet, path: str | Path) -> None:
         raise TypeError(f"model must be an OGNet, got {type(model).__name__}")
     if model.head.classifier is None:
         raise ValueError("model must have a classifier, got num_classes=0")
+    published = Form(model.form.k, se=True, mix="learned", grouping="ball", paper=False)
+    if model.form != published or model.flat or not model.stages[-1].features:
+        raise ValueError(f"model must be of the published form, got {model.form}, flat={model.flat}")
     state = dict(_published(model).values())
     _, _, wrong = _nearest(state, model.head.classifier.out_features)
     if wrong:

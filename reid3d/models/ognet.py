@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .cloud_net import EMBEDDING, CloudNet
 from .head import Head, Output
-from .norm import global_moments
+from .norm import FoldedNorm
 
 SLOPE = 0.2  # of every LeakyReLU
 BALLS = ((0.1, 8), (0.2, 16), (0.4, 32))  # radius in metres and points kept, the same at every stage
 HOLE = 1e-3  # squared metres around the origin where the published sampler picks no point
-EMBEDDING = 512
 
 
 class Form(NamedTuple):
@@ -50,6 +50,16 @@ class Graph(NamedTuple):
     transposed: ops.TransposedGraph | None
 
 
+def sample_outside_hole(xyz: Tensor, m: int, order: Tensor | None = None) -> Tensor:
+    """The published sampling: ``ops.farthest_point_sample`` from index 0, which takes no point within 3.2 cm of the
+    origin while there are others.
+    """
+    hole = xyz.square().sum(2) <= HOLE
+    hole = hole & (torch.arange(xyz.shape[1], device=xyz.device) > 0)
+    # Points with a NaN are picked after all others.
+    return ops.farthest_point_sample(xyz.masked_fill(hole.unsqueeze(2), torch.nan), m, order=order)
+
+
 def _graph(space: Tensor, k: int, order: Tensor | None = None) -> Graph:
     idx = ops.knn(space, space, k, order=order).idx
     return Graph(idx, ops.transpose_graph(idx, space.shape[1]) if torch.is_grad_enabled() else None)
@@ -65,31 +75,6 @@ def _exactly(x: Tensor, weight: Tensor) -> Tensor:
     """Linear in the precision of x, with autocast or without: for coordinates."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x, weight.to(x.dtype))
-
-
-class FoldedNorm(nn.BatchNorm1d):
-    """BatchNorm as a (scale, shift) to apply elsewhere; parameters, buffers and their updates are BatchNorm1d's."""
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def fold(self, mean: Tensor | None = None, var: Tensor | None = None, count: int = 0) -> tuple[Tensor, Tensor]:
-        """From the mean and biased variance of ``count`` rows, which move the running ones; from those without.
-
-        ``var`` may be a little below 0, rounded from a sum of terms that cancel: it is 0 then.
-        """
-        if mean is None or var is None:
-            mean, var = self.running_mean, self.running_var
-        else:
-            mean, var, n = global_moments(mean, var, count)
-            var = var.clamp_min(0)
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, 0.1)
-                self.running_var.lerp_(var * (n / (n - 1)), 0.1)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return scale, self.bias - mean * scale
 
 
 class EdgeConv(nn.Module):
@@ -311,12 +296,8 @@ class Stage(nn.Module):
         """Which points to keep, (B, points); None for the first ones."""
         if self.sampled or self.points is None:
             return None
-        if self.form.grouping == "ball":
-            # Points with a NaN are picked after all others, and it is the first that begins.
-            hole = xyz.square().sum(2) <= HOLE
-            hole = hole & (torch.arange(xyz.shape[1], device=xyz.device) > 0)
-            xyz = xyz.masked_fill(hole.unsqueeze(2), torch.nan)
-        return ops.farthest_point_sample(xyz, self.points, order=order)
+        sample = sample_outside_hole if self.form.grouping == "ball" else ops.farthest_point_sample
+        return sample(xyz, self.points, order=order)
 
     def _take(self, x: Tensor, picked: Tensor | None) -> Tensor:
         if picked is None:
@@ -324,7 +305,7 @@ class Stage(nn.Module):
         return x.gather(1, picked.unsqueeze(2).expand(-1, -1, x.shape[2]))
 
 
-class OGNet(nn.Module):
+class OGNet(CloudNet):
     """Omni-scale Graph Network: a coloured point cloud to a descriptor of 512 numbers of its person.
 
     Args:
@@ -358,7 +339,7 @@ class OGNet(nn.Module):
     Source: as this file; initialisation from the published code.
     """
 
-    inputs = "cloud"
+    autocast = True
 
     def __init__(
         self,
@@ -427,22 +408,8 @@ class OGNet(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
         self.head = Head(2 * c_in, EMBEDDING, num_classes, dropout)
 
-    def forward(self, xyz: Tensor, rgb: Tensor) -> Tensor | Output:
-        """Describe B clouds of N points each. Under autocast coordinates, graphs and statistics stay in float32.
-
-        Args:
-            xyz: (B, N, 3) metres, about the mean of the cloud, N >= init_points and N >= k.
-            rgb: (B, N, 3) in [-0.5, 0.5].
-
-        Returns:
-            In eval mode feats (B, 512), not normalised; in training mode, where B >= 2, Output(feats, logits).
-        """
-        if xyz.dim() != 3 or xyz.shape[2] != 3 or xyz.shape != rgb.shape:
-            raise ValueError(f"xyz and rgb must both be (B, N, 3), got {tuple(xyz.shape)} and {tuple(rgb.shape)}")
-        if xyz.shape[1] < self.min_points:
-            raise ValueError(f"xyz must have N >= {self.min_points} points, got {xyz.shape[1]}")
-        xyz = xyz.to(torch.promote_types(xyz.dtype, torch.float32))
-        rgb = rgb.to(xyz.dtype)
+    def describe(self, xyz: Tensor, rgb: Tensor) -> Tensor | Output:
+        """As ``forward``. Under autocast coordinates, graphs, statistics and the head stay in float32."""
         if self.flat:
             xyz = xyz * xyz.new_tensor([1, 1, 0])
         if self.form.grouping == "nearest":

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .cloud_net import EMBEDDING, CloudNet, normalise
+from .cloud_net import EMBEDDING, CloudNet
 from .head import Head, Output
-from .ognet import SLOPE, FoldedNorm
+from .norm import BatchNorm, FoldedNorm, normalise
+from .ognet import SLOPE, sample_outside_hole
 
 PAIRS = 1 << 22  # numbers in a tensor over pairs of points, about
 Scale = tuple[float | None, int, tuple[int, ...]]  # radius in metres, points kept, channels of the MLP
@@ -136,9 +137,8 @@ class PointNet2(CloudNet):
         dropout: probability in front of the classifier. That of the OG-Net recipes; the published default is 0.5.
 
     The descriptor is what the published code tests with: the network without its classifier, which is the output of the
-    last BatchNorm. Sampling starts at index 0 and balls keep points in index order, so the order of a cloud's points
-    matters. Departure: the published sampling never takes a point within 3.2 cm of the origin (|p|^2 <= 1e-3);
-    ``farthest_point_sample`` has no such rule.
+    last BatchNorm. Sampling starts at index 0, takes no point within 3.2 cm of the origin while there are others, and
+    balls keep points in index order, so the order of a cloud's points matters.
 
     Raises:
         TypeError: points are no two ints. ValueError: points are below 1 or grow.
@@ -166,7 +166,7 @@ class PointNet2(CloudNet):
         for stage in (*scales, (WHOLE,)):
             self.abstractions.append(SetAbstraction(c_in, stage, relu))
             c_in = sum(widths[-1] for *_, widths in stage)
-        self.hidden = nn.Sequential(nn.Linear(c_in, EMBEDDING), nn.BatchNorm1d(EMBEDDING), nn.LeakyReLU(SLOPE))
+        self.hidden = nn.Sequential(nn.Linear(c_in, EMBEDDING), BatchNorm(EMBEDDING), nn.LeakyReLU(SLOPE))
         # The published code's convolutions, Linear in the MLPs, are Kaiming normal by fan-in, its linear layers by
         # fan-out.
         for name, module in self.named_modules():
@@ -180,7 +180,7 @@ class PointNet2(CloudNet):
 
     def describe(self, xyz: Tensor, rgb: Tensor) -> Tensor | Output:
         many, few = self.points_left
-        sample = ops.farthest_point_sample(xyz, many).unsqueeze(2)
+        sample = sample_outside_hole(xyz, many).unsqueeze(2)
         centers = xyz.gather(1, sample.expand(-1, -1, 3))  # the first few of them are what sampling them would give
         first, second, whole = self.abstractions
         h = first(centers, xyz, rgb)

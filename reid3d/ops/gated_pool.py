@@ -52,7 +52,7 @@ def gated_pool(
         points: (B,N,H) float32 or float64; half types are read as float32.
         centers: (B,M,H) of the same dtype.
         idx: (B,M,K) int64, values in [0, N), 1 <= K <= 32767.
-        weight: (C,H).
+        weight: (C,H). A half type on CUDA has the products with it computed in that.
         gate: None leaves it out.
         sign: (C,), of 1 and -1; where it is -1, `extreme` is the minimum. None is 1 everywhere.
         moments: whether mean and var are wanted.
@@ -85,9 +85,11 @@ def gated_pool(
             if tuple(x.shape) != shape or r < 1:
                 raise ValueError(f"gate.{name} must have shape {shape} with r >= 1, got {tuple(x.shape)}")
         weights = [gate.reduce.to(wide), gate.reduce_bias.to(wide), gate.expand.t().to(wide), gate.expand_bias.to(wide)]
-    extreme, mean, var, _, _ = torch.ops.reid3d.gated_pool(
-        points.to(wide), centers.to(wide), idx, *weights, weight.to(wide), sign.to(wide), moments
-    )
+    weight = weight if weight.is_cuda and wide == torch.float32 else weight.to(wide)
+    with torch.autocast(points.device.type, enabled=False):
+        extreme, mean, var, _, _ = torch.ops.reid3d.gated_pool(
+            points.to(wide), centers.to(wide), idx, *weights, weight, sign.to(wide), moments
+        )
     return GatedPool(extreme, mean, var) if moments else GatedPool(extreme, None, None)
 
 
@@ -133,7 +135,7 @@ def gated_pool_reference(
     `moments`), and for the gradient the mean of the inner channels (H,) and the slot k of every extreme.
     """
     p = _pairs(points, centers, idx, reduce, reduce_bias, expand, expand_bias).p
-    e = p @ weight.t()
+    e = (p.to(weight.dtype) @ weight.t()).to(p.dtype)
     slot = (e * sign).argmax(2, keepdim=True)  # the first of equal ones; NaN is the greatest
     extreme = e.gather(2, slot).squeeze(2)
     slot = slot.squeeze(2).to(slot_dtype(idx.shape[2]))
@@ -167,12 +169,12 @@ def gated_pool_backward_reference(
     y, hidden, gate, p = _pairs(points, centers, idx, reduce, reduce_bias, expand, expand_bias)
     winners = grad.new_zeros(*idx.shape, grad.shape[2]).scatter_(2, slot.long().unsqueeze(2), grad.unsqueeze(2))
     grad_weight = winners.flatten(0, 2).t() @ p.flatten(0, 2)
-    grad_p = winners @ weight
+    grad_p = (winners.to(weight.dtype) @ weight).to(p.dtype)
     square = q
     if q.numel():
-        centred = (p - inner_mean).flatten(0, 2)
-        grad_p = grad_p + q0 + (p - inner_mean) @ q
-        square = centred.t() @ centred
+        centred = p - inner_mean
+        grad_p = grad_p + q0 + (centred.to(weight.dtype) @ q.to(weight.dtype)).to(p.dtype)
+        square = centred.flatten(0, 2).t() @ centred.flatten(0, 2)
     none = grad.new_empty(0)
     gates = (none.view(0, p.shape[3]), none.clone(), none.view(0, p.shape[3]).clone(), none.clone())
     grad_y = grad_p
@@ -241,13 +243,14 @@ def _backward(ctx, grad: Tensor, grad_mean: Tensor, grad_var: Tensor, _grad_inne
     q = q0 = scale = grad_mean.new_empty(0)
     if ctx.moments:
         pairs = inputs[2].numel()
-        scale = (2 / pairs) * grad_var.unsqueeze(1) * weight
-        q, q0 = weight.t() @ scale, (grad_mean / pairs) @ weight
+        exact = weight.to(grad_var.dtype)
+        scale = (2 / pairs) * grad_var.unsqueeze(1) * exact
+        q, q0 = exact.t() @ scale, (grad_mean / pairs) @ exact
     *grads, grad_weight, square = torch.ops.reid3d.gated_pool_backward(grad, *inputs, weight, slot, inner_mean, q, q0)
     if ctx.moments:
         grad_weight = grad_weight + scale @ square + torch.outer(grad_mean, inner_mean)
     gates = grads[2:] if ctx.gated else [None] * 4
-    return *grads[:2], None, *gates, grad_weight, None, None
+    return *grads[:2], None, *gates, grad_weight.to(weight.dtype), None, None
 
 
 def _second_backward(ctx, *grads: Tensor) -> NoReturn:

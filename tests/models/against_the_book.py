@@ -5,7 +5,30 @@ own, forwards, backwards and in its statistics.
 import torch
 import torch.nn.functional as F
 
-from .test_ognet import clouds
+
+def clouds(batch, points, seed=0, dtype=torch.float64):
+    """Points in a box of a person's proportions, so that balls of 0.1 to 0.4 m are empty, part-filled and full."""
+    rng = torch.Generator().manual_seed(seed)
+    xyz = (torch.rand(batch, points, 3, generator=rng, dtype=dtype) - 0.5) * torch.tensor([0.6, 1.4, 0.3], dtype=dtype)
+    rgb = torch.rand(batch, points, 3, generator=rng, dtype=dtype) - 0.5
+    xyz[:, 5:9] *= 0.02  # where the published sampler picks nothing
+    return xyz, rgb
+
+
+def awkward(model):
+    """Weights where nothing is trivial: running statistics moved, negative scales, mixes off 1/2."""
+    rng = torch.Generator().manual_seed(1)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=rng, dtype=tensor.dtype) * 0.3
+            with torch.no_grad():
+                if name.endswith("running_var"):
+                    tensor.copy_(noise.exp())
+                elif "norm" in name and name.endswith("weight"):
+                    tensor.copy_(torch.where(noise < -0.2, -1.0, 1.0) + noise * 0.1)
+                else:
+                    tensor.add_(noise * (1.0 if tensor.dim() < 2 else 0.1))
+    return model
 
 
 def fps(xyz, m, hole=-1.0):
@@ -36,8 +59,8 @@ def ball(centers, xyz, radius, k):
     return idx
 
 
-def knn(space, k):
-    return torch.cdist(space, space).argsort(dim=2, stable=True)[:, :, :k]
+def knn(query, points, k):
+    return torch.cdist(query, points).argsort(dim=2, stable=True)[:, :, :k]
 
 
 def gather(h, idx):

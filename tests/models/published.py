@@ -96,7 +96,7 @@ class Published(nn.Module):
             h_in = h
             for _ in range(self.convs):
                 last = i + 1 == len(self.dims)
-                idx = knn(torch.cat((xyz, h), 2) if last else xyz, k)
+                idx = knn(space := torch.cat((xyz, h), 2) if last else xyz, space, k)
                 center = gather(h, torch.arange(h.shape[1]).view(1, -1, 1).expand(idx.shape))
                 y = self.bn[conv](self.conv[conv](torch.cat((gather(h, idx) - center, center), 1)))
                 share = self.agg[conv].p.sigmoid()

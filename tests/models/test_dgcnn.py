@@ -9,23 +9,24 @@ from reid3d.models.dgcnn import DGCNN, dgcnn
 from reid3d.models.head import Output
 
 from .against_the_book import (
+    awkward,
     batch_norm,
     check_eval,
     check_every_parameter_gets_a_gradient,
     check_float32,
     check_initialisation,
     check_training,
+    clouds,
     conv,
     gather,
     knn,
 )
-from .test_ognet import awkward, clouds
 
 WITHOUT_GRADIENT = ("theta.bias", "phi.bias", "project.bias", "head.linear.bias")
 
 
 def book(model, xyz, rgb):
-    idx, running, h, every = knn(xyz, model.k), {}, rgb, []
+    idx, running, h, every = knn(xyz, xyz, model.k), {}, rgb, []
     for layer in model.convs:
         center = gather(h, torch.arange(h.shape[1]).view(1, -1, 1).expand(idx.shape))
         edges = conv(gather(h, idx) - center, layer.theta) + conv(center, layer.phi)

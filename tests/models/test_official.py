@@ -10,8 +10,8 @@ from reid3d.models import create_model
 from reid3d.models.official import read_official, write_official
 from reid3d.models.ognet import OGNet
 
+from .against_the_book import awkward, clouds
 from .published import Published
-from .test_ognet import awkward, clouds
 
 NAMES = ["ognet", "ognet_small", "ognet_deep"]
 SMALL = {"k": 5, "init_points": 40}

@@ -1,5 +1,7 @@
 """OG-Net against its by-the-book form, then its properties and errors."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,36 +9,12 @@ from reid3d.bench import published
 from reid3d.models import create_model
 from reid3d.models import ognet as module
 from reid3d.models.head import Output
+from reid3d.models.norm import FoldedNorm
 from reid3d.models.ognet import OGNet, ognet, ognet_deep, ognet_small
 
-from . import slow_ognet
+from .against_the_book import awkward, ball, clouds, fps, knn
 
 SMALL = {"init_points": 32, "k": 5, "dropout": 0.0}
-
-
-def clouds(batch, points, seed=0, dtype=torch.float64):
-    """Points in a box of a person's proportions, so that balls of 0.1 to 0.4 m are empty, part-filled and full."""
-    rng = torch.Generator().manual_seed(seed)
-    xyz = (torch.rand(batch, points, 3, generator=rng, dtype=dtype) - 0.5) * torch.tensor([0.6, 1.4, 0.3], dtype=dtype)
-    rgb = torch.rand(batch, points, 3, generator=rng, dtype=dtype) - 0.5
-    xyz[:, 5:9] *= 0.02  # where the published sampler picks nothing
-    return xyz, rgb
-
-
-def awkward(model):
-    """Weights where nothing is trivial: running statistics moved, negative scales, mixes off 1/2."""
-    rng = torch.Generator().manual_seed(1)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point():
-            noise = torch.randn(tensor.shape, generator=rng, dtype=tensor.dtype) * 0.3
-            with torch.no_grad():
-                if name.endswith("running_var"):
-                    tensor.copy_(noise.exp())
-                elif "norm" in name and name.endswith("weight"):
-                    tensor.copy_(torch.where(noise < -0.2, -1.0, 1.0) + noise * 0.1)
-                else:
-                    tensor.add_(noise * (1.0 if tensor.dim() < 2 else 0.1))
-    return model
 
 
 KINDS = {
@@ -54,6 +32,13 @@ KINDS = {
     "paper, max": {"preset": "paper", "init_points": 128, "mix": "max"},
     "paper, deep": {"preset": "paper", "init_points": 128, "dims": (8, 16, 16, 24), "convs": 2, "shortcut": True},
 }
+
+
+def by_the_book(model, xyz, rgb):
+    """The twin of the network, with loops for what it samples and groups."""
+    hole = module.HOLE if model.form.grouping == "ball" else -1.0
+    search = published.Search(partial(fps, hole=hole), ball, knn)
+    return published.forward(model, xyz, rgb, search)
 
 
 def build(kind):
@@ -77,7 +62,7 @@ def inputs_of(kind, batch):
 def test_eval_agrees_with_the_book(kind):
     model = build(kind).eval()
     ours, theirs = inputs_of(kind, 2)
-    expected, _ = slow_ognet.forward(model, *theirs)
+    expected, _ = by_the_book(model, *theirs)
     torch.testing.assert_close(model(*ours), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -86,7 +71,7 @@ def test_training_agrees_with_the_book(kind):
     model = build(kind).train()
     ours, theirs = inputs_of(kind, 3)
     weight = torch.randn(3, 512, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    expected, running = slow_ognet.forward(model, *theirs)
+    expected, running = by_the_book(model, *theirs)
     leaves = {"rgb": ours[1], **dict(model.named_parameters())}
     gradients = torch.autograd.grad((expected * weight).sum(), leaves.values())
 
@@ -171,7 +156,7 @@ def test_float32_is_close_to_float64():
     ours = model(xyz.float(), rgb.float()).feats
     reference = awkward(OGNet((8, 16, 24), 3, **SMALL)).double()
     reference.load_state_dict(model.state_dict())
-    exact, _ = slow_ognet.forward(reference.train(), xyz.float().double(), rgb.float().double())
+    exact, _ = by_the_book(reference.train(), xyz.float().double(), rgb.float().double())
     assert float((ours - exact).abs().max()) < 2e-3 * float(exact.abs().max())
 
 
@@ -299,7 +284,7 @@ def test_one_colour_in_training(scale):
 
 
 def test_a_variance_rounded_below_0_counts_as_0():
-    norm = module.FoldedNorm(2)
+    norm = FoldedNorm(2)
     scale, _ = norm.fold(torch.zeros(2), torch.tensor([-1e-3, 1.0]), 10)
     torch.testing.assert_close(scale, torch.tensor([1e-5, 1 + 1e-5]) ** -0.5)
     assert norm.running_var[0] == pytest.approx(0.9)

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from reid3d.models import create_model
 from reid3d.models import pointnet2 as module
 from reid3d.models.head import Output
+from reid3d.models.ognet import HOLE
 from reid3d.models.pointnet2 import PointNet2, pointnet2_msg, pointnet2_ssg
 
 from .against_the_book import (
+    awkward,
     ball,
     batch_norm,
     check_eval,
@@ -17,11 +19,11 @@ from .against_the_book import (
     check_float32,
     check_initialisation,
     check_training,
+    clouds,
     conv,
     fps,
     gather,
 )
-from .test_ognet import awkward, clouds
 
 # Balls part-filled and full, and MLPs that begin narrower and wider than what they take.
 SCALES = (
@@ -36,7 +38,7 @@ def book(model, xyz, rgb):
         if points is None:
             centers = torch.zeros_like(xyz[:, :1])
         else:
-            centers = torch.stack([cloud[i] for cloud, i in zip(xyz, fps(xyz, points), strict=True)])
+            centers = torch.stack([cloud[i] for cloud, i in zip(xyz, fps(xyz, points, HOLE), strict=True)])
         h = torch.cat([mlp(branch, centers, xyz, h, running) for branch in abstraction.branches], 2)
         xyz = centers
     linear, norm, _ = model.hidden
