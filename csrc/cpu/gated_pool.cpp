@@ -155,11 +155,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
     }
     // Of one cloud: square, which is computed some rows further than it is, weight, and the gate.
     const int64_t squares = dense ? (H + 47) * H : 0, one = squares + (C + 2 * r + 1) * H + r;
-    std::vector<T> sums(static_cast<size_t>(std::max<int64_t>(B, 1) * one), T(0));
+    const Scratch<T> sums(std::max<int64_t>(B, 1) * one);
+    std::fill(sums.get(), sums.get() + one, T(0));  // where there is no cloud, that is all
     torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
       const Scratch<T> scratch(gated_scratch(size));
       for (int64_t b = begin; b < end; ++b) {
-        T* at = sums.data() + b * one;
+        T* at = sums.get() + b * one;
+        std::fill(at, at + one, T(0));
         GatedGradient<T> grad = {};
         grad.points = values<T>(grad_points) + b * size.n * H;
         grad.centers = values<T>(grad_centers) + b * size.m * H;
@@ -175,9 +177,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
                                        values<S>(slot) + b * size.m * C, w, size, scratch.get(), grad);
       }
     });
-    T* sum = sums.data();  // in place of the first cloud's
-    for (int64_t b = 1; b < B; ++b)
-      for (int64_t i = 0; i < one; ++i) sum[i] += sum[b * one + i];
+    T* sum = sums.get();  // in place of the first cloud's
+    parallel_rows(one, B, [&](int64_t begin, int64_t end) {
+      for (int64_t b = 1; b < B; ++b)
+        for (int64_t i = begin; i < end; ++i) sum[i] += sum[b * one + i];
+    });
     // There is what lies on and below the diagonal.
     for (int64_t i = 0; i < square.numel(); ++i)
       values<T>(square)[i] = sum[std::max(i / h, i % h) * H + std::min(i / h, i % h)];

@@ -94,28 +94,30 @@ class EdgeConv(nn.Module):
 
     def forward(self, h: Tensor, graph: Graph | None) -> Tensor:
         """h (B, N, c_in) -> (B, N, c_out); without a graph where k = 1."""
+        weight: Tensor = self.linear.weight
+        bias: Tensor = self.linear.bias
+        if not self.training:  # the norm becomes part of the weights, and the largest output that of the largest input
+            scale, shift = self.norm.fold()
+            weight, bias = scale.unsqueeze(1) * weight, scale * bias + shift
         if graph is None:
-            y = F.linear(h, self.linear.weight, self.linear.bias)
-            scale, shift = self.norm.fold(*_moments(y)) if self.training else self.norm.fold()
-            return self._activate(y * scale + shift)
-        w_difference, w_self = self.linear.weight.chunk(2, dim=1)
-        a = F.linear(h, w_difference)
+            y = F.linear(h, weight, bias)
+            if self.training:
+                scale, shift = self.norm.fold(*_moments(y))
+                y = y * scale + shift
+            return self._activate(y)
+        w_difference, w_self = weight.chunk(2, dim=1)
+        a, d = F.linear(h, w_difference), F.linear(h, w_self - w_difference, bias)
+        if not self.training:
+            pool = ops.edge_pool(a, graph.idx)
+            return self._activate(self._mix(pool.max, pool.sum / graph.idx.shape[2]) + d)
         middle = a.detach().mean((0, 1))  # so that nothing cancels in a variance from a sum of squares
-        d = F.linear(h, w_self - w_difference, self.linear.bias) + middle
-        pool = ops.edge_pool(a - middle, graph.idx, transposed=graph.transposed)
+        a, d = a - middle, d + middle
+        pool = ops.edge_pool(a, graph.idx, transposed=graph.transposed)
         k = graph.idx.shape[2]
         mean_a = pool.sum / k
-        sign = self.norm.weight < 0  # where the largest output comes from the smallest input
-        if self.form.mix == "mean":
-            pooled = mean_a + d
-        else:
-            pooled = torch.where(sign, pool.min, pool.max)
-            pooled = (
-                pooled if self.mix is None else torch.lerp(mean_a, pooled.to(mean_a.dtype), self.mix.sigmoid())
-            ) + d
-        if not self.training:
-            scale, shift = self.norm.fold()
-        elif self.form.paper:
+        # Where the scale is negative the largest output comes from the smallest input.
+        pooled = self._mix(torch.where(self.norm.weight < 0, pool.min, pool.max), mean_a) + d
+        if self.form.paper:
             scale, shift = self.norm.fold(*_moments(pooled))
         else:
             # var(A_j + D_i) = var(A_j) + var(D_i) + 2 cov(A_j, D_i) over all edges, each about its mean.
@@ -124,6 +126,12 @@ class EdgeConv(nn.Module):
             var = pool.sumsq.mean((0, 1)) / k - all_a.square() + (dev * (dev + 2 * (mean_a - all_a))).mean((0, 1))
             scale, shift = self.norm.fold(all_a + all_d, var, graph.idx.numel())
         return self._activate(pooled * scale + shift)
+
+    def _mix(self, extreme: Tensor, mean: Tensor) -> Tensor:
+        if self.form.mix == "mean":
+            return mean
+        extreme = extreme.to(mean.dtype)
+        return extreme if self.mix is None else torch.lerp(mean, extreme, self.mix.sigmoid())
 
     def _activate(self, y: Tensor) -> Tensor:
         return F.relu(y) if self.form.paper else F.leaky_relu(y, SLOPE)
@@ -166,32 +174,35 @@ class Branch(nn.Module):
 
     def forward(self, centers: Tensor, xyz: Tensor, h: Tensor, idx: Tensor) -> Tensor:
         """centers (B, M, 3), xyz (B, N, 3), h (B, N, C), idx (B, M, K) into the N -> (B, M, C)."""
-        w_xyz, w_h = self.linear1.weight.split((self.linear1.in_features - h.shape[2], h.shape[2]), dim=1)
-        a = F.linear(h, w_h).to(xyz.dtype)
-        if self.form.paper:
-            d = a.new_zeros(centers.shape[:2] + a.shape[2:])
-        else:
-            a, d = a + _exactly(xyz, w_xyz), -_exactly(centers, w_xyz)
         if self.training:
-            scale, shift = self.norm1.fold(*self._pair_moments(a, d, centers, idx, w_xyz))
-        else:
-            scale, shift = self.norm1.fold()
-        a, d = a * scale, d * scale + shift
+            a, d = self._project(self.linear1.weight, centers, xyz, h)
+            scale, shift = self.norm1.fold(*self._pair_moments(a, d, centers, idx))
+            sign = torch.where(self.norm2.weight < 0, -1.0, 1.0)
+            pool = self._pool(a * scale, d * scale + shift, idx, self.linear2.weight, sign)
+            scale, shift = self.norm2.fold(pool.mean, pool.var, idx.numel())
+            return F.relu(pool.extreme * scale + shift)
+        # The norms become part of the weights.
+        scale, shift = self.norm1.fold()
+        a, d = self._project(scale.unsqueeze(1) * self.linear1.weight, centers, xyz, h)
+        scale, shift2 = self.norm2.fold()
+        return F.relu(self._pool(a, d + shift, idx, scale.unsqueeze(1) * self.linear2.weight).extreme + shift2)
+
+    def _project(self, weight: Tensor, centers: Tensor, xyz: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """A (B, N, C/2) and D (B, M, C/2): the first linear layer on a pair is A_j + D_c."""
+        if self.form.paper:
+            return F.linear(h, weight).to(xyz.dtype), xyz.new_zeros(*centers.shape[:2], len(weight))
+        w_xyz, w_h = weight.split((3, h.shape[2]), dim=1)
+        return F.linear(h, w_h).to(xyz.dtype) + _exactly(xyz, w_xyz), -_exactly(centers, w_xyz)
+
+    def _pool(self, a: Tensor, d: Tensor, idx: Tensor, weight: Tensor, sign: Tensor | None = None) -> ops.GatedPool:
         gate = None if self.gate is None else self.gate.weights()
         if self.gate is not None and self.form.paper:
             share = self._shares(idx, a).view(a.shape[:2]) * len(a)
             whole = self.gate((share.unsqueeze(1) @ a).squeeze(1) + d.mean(1)).unsqueeze(1)
             a, d, gate = a * whole, d * whole, None
-        weight = self.linear2.weight
         if a.is_cuda and torch.is_autocast_enabled("cuda"):
             weight = weight.to(torch.get_autocast_dtype("cuda"))
-        sign = torch.where(self.norm2.weight < 0, -1.0, 1.0)
-        pool = ops.gated_pool(a, d, idx, weight, gate, sign=sign, moments=self.training)
-        if pool.mean is not None and pool.var is not None:
-            scale, shift = self.norm2.fold(pool.mean, pool.var, idx.numel())
-        else:
-            scale, shift = self.norm2.fold()
-        return F.relu(pool.extreme * scale + shift)
+        return ops.gated_pool(a, d, idx, weight, gate, sign=sign, moments=self.training)
 
     @staticmethod
     def _shares(idx: Tensor, a: Tensor, values: Tensor | None = None) -> Tensor:
@@ -202,12 +213,10 @@ class Branch(nn.Module):
             values = a.new_ones(1).expand(len(rows))
         return a.new_zeros(a.shape[0] * n, *values.shape[1:]).index_add_(0, rows, values) / len(rows)
 
-    def _pair_moments(
-        self, a: Tensor, d: Tensor, centers: Tensor, idx: Tensor, w_xyz: Tensor
-    ) -> tuple[Tensor, Tensor, int]:
+    def _pair_moments(self, a: Tensor, d: Tensor, centers: Tensor, idx: Tensor) -> tuple[Tensor, Tensor, int]:
         """Mean and variance over all pairs of A_j + D_c, and their number.
 
-        As in EdgeConv, but D_c = -w_xyz xyz_c, so that cov(A_j, D_c) needs of each point only the sum of the centres it
+        As in EdgeConv, but D_c = -w xyz_c, so that cov(A_j, D_c) needs of each point only the sum of the centres it
         is grouped around: three numbers, without a gradient.
         """
         flat = a.flatten(0, 1)
@@ -217,7 +226,7 @@ class Branch(nn.Module):
         var = degree @ dev.square() + (d - all_d).square().mean((0, 1))
         if not self.form.paper:
             around = (centers.flatten(0, 1) - centers.mean((0, 1))).repeat_interleave(idx.shape[2], 0)
-            var = var - 2 * ((self._shares(idx, a, around).t() @ dev) * w_xyz.t()).sum(0)
+            var = var - 2 * ((self._shares(idx, a, around).t() @ dev) * self.linear1.weight[:, :3].t()).sum(0)
         return all_a + all_d, var, idx.numel()
 
 
