@@ -34,6 +34,7 @@ step streams python3 benchmarks/gpu_streams.py
 python3 -c 'import torch_cluster' 2>/dev/null && step pyg python3 benchmarks/pyg_check.py cuda
 step fitter python3 -m reid3d.preprocess.train_fitter --out "$out/fitter" --steps 500 --processes 1 --device cuda \
   --workers 8 --held-out 512
+step train python3 -m reid3d bench train --device cuda --json "$out/train-cuda.json"
 step bench python3 -m reid3d bench kernels --device cuda --json "$out/kernels-cuda.json"
 echo "$failed steps failed"
 exit "$failed"
