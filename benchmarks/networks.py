@@ -1,7 +1,7 @@
 """Trains the networks of the OG-Net paper on a synthetic world, each from several seeds, and searches people not seen.
 
-    python benchmarks/networks.py benchmarks/results/networks-cpu.json [--folder build/worlds] [--seeds 3] [--workers 2]
-                                  [--networks ognet ognet_strong pointnet2_msg dgcnn]
+    python benchmarks/networks.py benchmarks/results/networks-cpu.json [--folder build/networks] [--seeds 3]
+                                  [--workers 2] [--networks ognet ognet_strong pointnet2_msg dgcnn]
 
 All learn from the clouds of the recipe `synth`, for as many epochs with as many clouds a batch. ognet, pointnet2_msg
 and dgcnn are trained as it says (cross-entropy, balanced draws, Adam); ognet_strong, of the same parameters as ognet,
@@ -63,6 +63,7 @@ def learned(name: str, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
     spent = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         "seed": seed,
+        "commit": bench.environment("cpu", 1, 0.0, {})["commit"],
         "rank1": round(float(result.cmc[0]), 4),
         "mAP": round(float(result.mAP), 4),
         "accuracy": round(spent[-1]["accuracy"], 4),

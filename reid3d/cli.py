@@ -369,7 +369,7 @@ def _train(options: argparse.Namespace) -> None:
     from .train import train
 
     run = train(config)
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
         return  # the first of the processes says it
     if options.json:
         last = (run / "metrics.jsonl").read_text().splitlines()[-1]

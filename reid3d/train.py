@@ -147,6 +147,10 @@ def _team(device: str) -> Iterator[_Team]:
     if world == 1:
         yield _Team(resolve_device(device))
         return
+    if missing := [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]:
+        raise ValueError(
+            f"WORLD_SIZE is {world}, so {' and '.join(missing)} must be set too: torchrun sets all of them"
+        )
     rank, local = int(os.environ["RANK"]), os.environ["LOCAL_RANK"]
     mine = f"cuda:{local}" if device in ("auto", "cuda") and torch.cuda.is_available() else device
     team = _Team(resolve_device(mine), rank, world)
@@ -365,7 +369,8 @@ def _optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
 @torch.no_grad()
 def _average(state: _State, epoch: int, config: OptimConfig) -> None:
     """Take an epoch's weights into the equal-weight mean, if it is late enough."""
-    taken = epoch - math.ceil(config.average_from * config.epochs) + 1
+    first = min(math.ceil(config.average_from * config.epochs - 1e-9), config.epochs - 1)  # the last one, at least
+    taken = epoch - first + 1 if config.average_from < 1 else 0
     for name, parameter in state.model.named_parameters() if taken > 0 else ():
         if taken == 1:
             state.average[name] = parameter.detach().clone()
@@ -505,16 +510,24 @@ def _save(run: Path, state: _State, about: dict[str, Any]) -> None:
 def _resume(run: Path, state: _State, about: dict[str, Any], team: _Team) -> None:
     """Load the run's checkpoint, if it has one."""
     path = run / "checkpoint.pt"
-    try:
+    with _reading(path):
         there = team.leads and path.exists()
-        saved = team.share(torch.load(path, map_location="cpu", weights_only=True) if there else None)
-        if saved is None:
-            return
+        mine = torch.load(path, map_location="cpu", weights_only=True) if there else None
+    saved = team.share(mine)
+    if saved is None:
+        return
+    with _reading(path):
         if saved["data"] != about["data"]:
             raise ValueError(f"{run} was trained on other clouds: choose another folder")
         if saved["processes"] != about["processes"]:
             raise ValueError(f"{run} was trained by {saved['processes']} processes, got {about['processes']}")
         state.load(saved)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read; without it the run starts anew ({type(error).__name__})") from error
 

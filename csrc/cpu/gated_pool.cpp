@@ -93,8 +93,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_pool(
       const Scratch<T> scratch(gated_scratch(size));
       for (int64_t piece = begin; piece < end; ++piece) {
         const int64_t b = piece / pieces, first = piece % pieces * step;
-        double* own = sums.data() + piece * (2 * C + H);
-        const GatedMoments found = {moments ? own : nullptr, own + C, own + 2 * C};
+        double* own = moments ? sums.data() + piece * (2 * C + H) : nullptr;
+        const GatedMoments found = moments ? GatedMoments{own, own + C, own + 2 * C} : GatedMoments{};
         kernels().gated(t, s).forward(values<T>(in.points) + b * size.n * H, values<T>(in.centers) + b * size.m * H,
                                       values<int64_t>(in.idx) + b * size.m * size.k, w, size, first,
                                       std::min(first + step, size.m), scratch.get(), values<T>(out) + b * size.m * C,
@@ -112,13 +112,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_pool(
                       own[C + c], &one_mean, &m2);
         before += static_cast<double>((std::min(first + step, size.m) - first) * size.k);
       }
-      values<T>(mean)[c] = static_cast<T>(one_mean);
+      values<T>(mean)[c] = static_cast<T>(one_mean * (all / all));  // of no pairs: NaN
       values<T>(var)[c] = static_cast<T>(m2 / all);
     }
     for (int64_t h = 0; h < size.inner; ++h) {
       double sum = 0;
       for (int64_t piece = 0; piece < B * pieces; ++piece) sum += sums[static_cast<size_t>(piece * (2 * C + H) + 2 * C + h)];
-      values<T>(inner_mean)[h] = static_cast<T>(sum / all);
+      values<T>(inner_mean)[h] = static_cast<T>(sum / std::max(all, 1.0));
     }
   });
   return {out, mean, var, inner_mean, slot};

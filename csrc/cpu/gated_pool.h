@@ -100,7 +100,16 @@ void gated_pool(const T* points, const T* centers, const int64_t* idx, const Gat
           nan = nan | unordered(v, v);
           total = total + v;
         }
-        best = where(nan, Vec<T>::all(std::numeric_limits<T>::quiet_NaN()), best) * Vec<T>::load(w.sign + c);
+        if (const uint32_t lanes = bits(nan)) {  // the first of them wins
+          Lane slots[kLanes];
+          slot.store(slots);
+          for (int i = 0; i < kLanes; ++i)
+            if (lanes >> i & 1)
+              for (slots[i] = 0; x[slots[i] * kLanes + i] == x[slots[i] * kLanes + i];) ++slots[i];
+          slot = Vec<Lane>::load(slots);
+          best = where(nan, Vec<T>::all(std::numeric_limits<T>::quiet_NaN()), best);
+        }
+        best = best * Vec<T>::load(w.sign + c);
         const int64_t at = (m + g) * C + c;
         if (c + kLanes <= C) {
           best.store(out + at);

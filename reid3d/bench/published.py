@@ -3,7 +3,7 @@
 The twin of ``models/ognet.py`` that it is tested against and measured beside. It takes the parameters of our network,
 and what to sample, group and search with.
 
-Source: layumi/person-reid-3d, ``model_efficient.py``, in words facts and equations; for ``preset="paper"`` the paper.
+Source: layumi/person-reid-3d, ``model_efficient.py``; for ``preset="paper"`` the paper.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def forward(model: OGNet, xyz: Tensor, rgb: Tensor, search: Search = AS_PUBLISHE
             points, seen = (centers, _take(h, picked)) if form.paper else (xyz, h)
             parts = []
             for layer, (radius, k) in zip(stage.abstraction.branches, BALLS, strict=True):
-                ball = form.grouping == "ball"
-                idx = search.ball(centers, points, radius, k) if ball else search.nearest(centers, points, k)
+                nearest = form.grouping == "nearest"
+                idx = search.nearest(centers, points, k) if nearest else search.ball(centers, points, radius, k)
                 parts.append(_branch(layer, centers, points, seen, idx, running))
             h = parts[0] + parts[1] + parts[2]
             xyz = centers
@@ -121,8 +121,6 @@ def _edge_conv(layer: Any, h: Tensor, idx: Tensor, running: Running) -> Tensor:
     if layer.mix is not None:
         share = layer.mix.sigmoid()
         y = y.max(-1).values * share + y.mean(-1) * (1 - share)
-    elif form.mix == "max" and form.paper:  # normalised afterwards: the largest of what is scaled
-        y = torch.where((layer.norm.weight < 0)[:, None], y.min(-1).values, y.max(-1).values)
     else:
         y = y.max(-1).values if form.mix == "max" else y.mean(-1)
     if form.paper:

@@ -106,8 +106,8 @@ class PKSampler(_Draws):
     An epoch has about as many draws as there are clouds, and at least one batch. Over the epochs each cloud is drawn
     equally often: the more clouds an identity has, the more batches it is in. (One with over 1 / P of all clouds is in
     every batch, and the others are drawn more often.) The K clouds are different ones wherever the identity has
-    that many, else each comes about K / clouds times, an only one K times, varied anew. They are spread over the
-    identity's cameras as evenly as drawing all clouds equally often allows.
+    that many, else each comes about K / clouds times; an only one K times, varied anew, its own positive pair.
+    They are spread over the identity's cameras as evenly as drawing all clouds equally often allows.
 
     Args:
         labels: (n,) integers, the identity of each cloud.
@@ -119,7 +119,7 @@ class PKSampler(_Draws):
     Raises:
         TypeError: labels or camids that are not integers.
         ValueError: labels that are not a non-empty vector, camids of another shape, p or k < 2, a negative seed, or
-            fewer than p identities with at least 2 clouds, so that batches would lack positive pairs.
+            fewer than p identities with at least 2 clouds: positive pairs would be of one cloud alone.
 
     Source: Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", 2017, sec. 2.
     """

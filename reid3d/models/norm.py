@@ -67,6 +67,7 @@ class FoldedNorm(nn.BatchNorm1d):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    momentum: float
 
     def fold(self, mean: Tensor | None = None, var: Tensor | None = None, count: int = 0) -> tuple[Tensor, Tensor]:
         """From the mean and biased variance of ``count`` rows, which move the running ones; from those without.
@@ -80,8 +81,8 @@ class FoldedNorm(nn.BatchNorm1d):
             var = var.clamp_min(0)
             with torch.no_grad():
                 self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, 0.1)
-                self.running_var.lerp_(var * (n / (n - 1)), 0.1)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
         scale = self.weight * torch.rsqrt(var + self.eps)
         return scale, self.bias - mean * scale
 

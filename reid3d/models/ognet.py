@@ -96,27 +96,31 @@ class EdgeConv(nn.Module):
         """h (B, N, c_in) -> (B, N, c_out); without a graph where k = 1."""
         weight: Tensor = self.linear.weight
         bias: Tensor = self.linear.bias
-        if not self.training:  # the norm becomes part of the weights, and the largest output that of the largest input
+        if not self.training:  # the norm becomes part of the weights
             scale, shift = self.norm.fold()
             weight, bias = scale.unsqueeze(1) * weight, scale * bias + shift
+        wide = torch.promote_types(h.dtype, torch.float32)  # of statistics, with autocast or without
         if graph is None:
-            y = F.linear(h, weight, bias)
+            y = F.linear(h, weight, bias).to(wide)
             if self.training:
                 scale, shift = self.norm.fold(*_moments(y))
                 y = y * scale + shift
             return self._activate(y)
         w_difference, w_self = weight.chunk(2, dim=1)
-        a, d = F.linear(h, w_difference), F.linear(h, w_self - w_difference, bias)
+        a, d = F.linear(h, w_difference), F.linear(h, w_self - w_difference, bias).to(wide)
+        # The largest input, in the paper's form, or output of the norm, which is of the smallest input where its scale
+        # is negative; in eval mode ``a`` is scaled already.
+        negative, k = self.norm.weight < 0, graph.idx.shape[2]
         if not self.training:
             pool = ops.edge_pool(a, graph.idx)
-            return self._activate(self._mix(pool.max, pool.sum / graph.idx.shape[2]) + d)
-        middle = a.detach().mean((0, 1))  # so that nothing cancels in a variance from a sum of squares
-        a, d = a - middle, d + middle
-        pool = ops.edge_pool(a, graph.idx, transposed=graph.transposed)
-        k = graph.idx.shape[2]
+            largest = torch.where(negative, pool.min, pool.max) if self.form.paper else pool.max
+            return self._activate(self._mix(largest.to(wide), pool.sum / k) + d)
+        middle = a.detach().to(wide).mean((0, 1))  # so that nothing cancels in a variance from a sum of squares
+        d = d + middle
+        pool = ops.edge_pool((a.to(wide) - middle).to(a.dtype), graph.idx, transposed=graph.transposed)
         mean_a = pool.sum / k
-        # Where the scale is negative the largest output comes from the smallest input.
-        pooled = self._mix(torch.where(self.norm.weight < 0, pool.min, pool.max), mean_a) + d
+        largest = pool.max if self.form.paper else torch.where(negative, pool.min, pool.max)
+        pooled = self._mix(largest.to(wide), mean_a) + d
         if self.form.paper:
             scale, shift = self.norm.fold(*_moments(pooled))
         else:
@@ -127,11 +131,10 @@ class EdgeConv(nn.Module):
             scale, shift = self.norm.fold(all_a + all_d, var, graph.idx.numel())
         return self._activate(pooled * scale + shift)
 
-    def _mix(self, extreme: Tensor, mean: Tensor) -> Tensor:
+    def _mix(self, largest: Tensor, mean: Tensor) -> Tensor:
         if self.form.mix == "mean":
             return mean
-        extreme = extreme.to(mean.dtype)
-        return extreme if self.mix is None else torch.lerp(mean, extreme, self.mix.sigmoid())
+        return largest if self.mix is None else torch.lerp(mean, largest, self.mix.sigmoid())
 
     def _activate(self, y: Tensor) -> Tensor:
         return F.relu(y) if self.form.paper else F.leaky_relu(y, SLOPE)
@@ -240,7 +243,7 @@ class SetAbstraction(nn.Module):
 
     def forward(self, centers: Tensor, xyz: Tensor, h: Tensor) -> Tensor:
         """centers (B, M, 3), xyz (B, N, 3), h (B, N, C) -> (B, M, C)."""
-        if self.form.grouping == "ball":
+        if self.form.grouping != "nearest":
             groups = [ops.ball_query(centers, xyz, radius, k) for radius, k in BALLS]
         else:
             nearest = ops.knn(centers, xyz, BALLS[-1][1]).idx
@@ -330,8 +333,9 @@ class OGNet(CloudNet):
         nonlocal_graph: the last graph joins the nearest in (xyz, features), not in space.
         mix: of neighbours, "max", "mean" or a "learned" mix of both. None: learned, in the paper mean.
         grouping: the points around a centre. "ball": the first 8, 16, 32 in index order within 0.1, 0.2, 0.4 m.
-            "nearest": the nearest 8, 16, 32; the points are first put in an order of their own (by x, y, z and colour),
-            so that the order in which they are given does not matter at all. None: ball, in the paper nearest.
+            "spread": the same in the order of farthest point sampling, so that they are spread over the ball.
+            "nearest": the nearest 8, 16, 32. For these two the points are first sorted by x, y, z and colour, so that
+            the order in which they are given does not matter at all. None: ball, in the paper nearest.
         flat: all z are 0: the "2D image" of the paper's table I.
         preset: "official", the published code, or "paper", where that says something else: branches see the sampled
             points alone, and no xyz; a graph convolution is mean over the edges -> BN -> ReLU; the gate is SE-Net's,
@@ -342,7 +346,7 @@ class OGNet(CloudNet):
     for exact ties, and points that coincide: ``farthest_point_sample`` never takes an index twice.
 
     Raises:
-        TypeError: k or init_points is no int. ValueError: an argument out of range, or fewer points left than k, or for
+        TypeError: an argument of the wrong kind. ValueError: one out of range, or fewer points left than k, or for
             "nearest" than 32, for the last stage.
 
     Source: as this file; initialisation from the published code.
@@ -369,25 +373,30 @@ class OGNet(CloudNet):
     ) -> None:
         super().__init__()
         paper = preset == "paper"
-        k = (9 if convs > 1 and not paper else 20) if k is None else k
+        k = (9 if convs != 1 and not paper else 20) if k is None else k
         mix = ("mean" if paper else "learned") if mix is None else mix
         grouping = ("nearest" if paper else "ball") if grouping is None else grouping
-        for name, value in (("k", k), ("init_points", init_points)):
-            if not isinstance(value, int):
+        for name, value in (("k", k), ("init_points", init_points), ("convs", convs)):
+            if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {value!r}")
+        for name, flag in (("shortcut", shortcut), ("se", se), ("nonlocal_graph", nonlocal_graph), ("flat", flat)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be true or false, got {flag!r}")
+        if convs < 1:
+            raise ValueError(f"convs must be at least 1, got {convs}")
         for name, choice, choices in (
             ("mix", mix, ("learned", "max", "mean")),
-            ("grouping", grouping, ("ball", "nearest")),
+            ("grouping", grouping, ("ball", "spread", "nearest")),
             ("preset", preset, ("official", "paper")),
         ):
             if choice not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
-        if paper and grouping == "ball":
-            raise ValueError("grouping must be nearest with preset=paper, got 'ball'")
+        if paper and grouping != "nearest":
+            raise ValueError(f"grouping must be nearest with preset=paper, got {grouping!r}")
         form = Form(k, se, mix, grouping, paper)
         self.form, self.flat, self.min_points = form, flat, max(init_points, k)
         self.stages = nn.ModuleList()
-        c_in, left, sampled = 3, 2 * init_points, False
+        c_in, left, sampled = 3, 2 * init_points, grouping == "spread"
         for i, c_out in enumerate(dims):
             graph_points, samples = left, c_out != c_in
             left = left // 2 if samples else left
@@ -421,14 +430,20 @@ class OGNet(CloudNet):
         """As ``forward``. Under autocast coordinates, graphs, statistics and the head stay in float32."""
         if self.flat:
             xyz = xyz * xyz.new_tensor([1, 1, 0])
-        if self.form.grouping == "nearest":
-            order = _order_of_their_own(xyz, rgb).unsqueeze(2).expand_as(xyz)
-            xyz, rgb = xyz.gather(1, order), rgb.gather(1, order)
+        if self.form.grouping != "ball":
+            xyz, rgb = _reorder(xyz, rgb, _order_of_their_own(xyz, rgb))
+        if self.form.grouping == "spread":
+            xyz, rgb = _reorder(xyz, rgb, ops.farthest_point_sample(xyz, xyz.shape[1]))
         h, graph = rgb, None
         for stage in self.stages:
             xyz, h, graph = stage(xyz, h, graph)
         with torch.autocast(h.device.type, enabled=False):  # it costs nothing, and batch norm shows every rounding
             return self.head(torch.cat((h.amax(1), h.mean(1)), dim=1))
+
+
+def _reorder(xyz: Tensor, rgb: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    order = order.unsqueeze(2).expand_as(xyz)
+    return xyz.gather(1, order), rgb.gather(1, order)
 
 
 def _order_of_their_own(xyz: Tensor, rgb: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def _ball_moments(centers: Tensor, xyz: Tensor, h: Tensor, idx: Tensor) -> tuple
     """
     rows, h = _rows(idx, xyz.shape[1]).flatten(), h.flatten(0, 1)
     relative = xyz.flatten(0, 1)[rows] - centers.flatten(0, 1).repeat_interleave(idx.shape[2], 0)
-    share = torch.bincount(rows, minlength=len(h)).to(h.dtype) / len(rows)
+    share = h.new_zeros(len(h)).index_add_(0, rows, h.new_ones(1).expand(len(rows))) / len(rows)  # bincount would wait
     mean_xyz, mean_h = relative.mean(0), share @ h
     relative, h = relative - mean_xyz, h - mean_h
     cross = torch.zeros_like(xyz).flatten(0, 1).index_add(0, rows, relative / len(rows)).T @ h

@@ -44,12 +44,12 @@ def check_same_cloud_batch(name: str, x: Tensor, other: str, y: Tensor) -> None:
         raise ValueError(f"{name} and {other} must agree in B and D, got {tuple(x.shape)} and {tuple(y.shape)}")
 
 
-def check_idx(idx: Tensor, feats: Tensor | None = None) -> None:
+def check_idx(idx: Tensor, feats: Tensor | None = None, name: str = "feats") -> None:
     """idx (B,M,K) int64 picks groups of 1 <= K <= MAX_GROUP rows, M * K <= MAX_EDGES, of feats (B,N,C) where given."""
     if not isinstance(idx, Tensor) or idx.dtype != torch.int64:
         raise TypeError(f"idx must be an int64 tensor, got {getattr(idx, 'dtype', type(idx).__name__)}")
     if feats is not None and idx.device != feats.device:
-        raise ValueError(f"idx must be on the device of feats, {feats.device}, got {idx.device}")
+        raise ValueError(f"idx must be on the device of {name}, {feats.device}, got {idx.device}")
     fits = idx.dim() == 3 and (feats is None or idx.shape[0] == feats.shape[0])
     if not fits or not 1 <= idx.shape[2] <= MAX_GROUP:
         batch = "B" if feats is None else feats.shape[0]
@@ -57,7 +57,7 @@ def check_idx(idx: Tensor, feats: Tensor | None = None) -> None:
     if idx.shape[1] * idx.shape[2] > MAX_EDGES:
         raise ValueError(f"idx must have at most {MAX_EDGES} edges a cloud, got {tuple(idx.shape)}")
     if feats is not None and idx.numel() > 0:
-        check_not_empty("feats", feats)
+        check_not_empty(name, feats)
 
 
 def check_range(idx: Tensor, n: int) -> None:

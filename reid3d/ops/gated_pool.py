@@ -41,8 +41,9 @@ def gated_pool(
     """Of e = gate(points[b, idx[b,m,k]] + centers[b,m]) weight^T for all pairs (b,m,k): the maximum over k.
 
     What a branch of a set abstraction does between its two batch norms, and before the second one's monotone rest: no
-    tensor over the pairs is kept, neither forwards nor backwards, where they are computed anew, some groups at a time.
-    The gradient of the moments is affine in e, and so costs no product with the weights of every pair.
+    tensor over the pairs is kept for the gradient, which computes them anew; the compiled kernels, which are for CPUs,
+    form them some groups at a time, and plain torch all at once. The gradient of the moments is affine in e, and so
+    costs no product with the weights of every pair. Moments of no pairs are NaN.
 
     The gradient of the maximum lands on the winner only, the lowest k among equal ones; a NaN wins. The compiled
     kernels are deterministic: the order of their sums follows from the shapes, and not from the threads. Unlike the
@@ -67,23 +68,24 @@ def gated_pool(
     """
     check_rows("points", points)
     check_rows("centers", centers)
-    check_idx(idx, points)
+    check_idx(idx, points, "points")
     (B, _, H), M = points.shape, idx.shape[1]
-    if tuple(centers.shape) != (B, M, H):
-        raise ValueError(f"centers must have shape {(B, M, H)}, got {tuple(centers.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != H:
-        raise ValueError(f"weight must have shape (C, {H}), got {tuple(weight.shape)}")
-    if sign is None:
-        sign = torch.ones_like(weight[:, 0])
-    elif tuple(sign.shape) != (weight.shape[0],):
-        raise ValueError(f"sign must have shape ({weight.shape[0]},), got {tuple(sign.shape)}")
+    if centers.dtype != points.dtype:
+        raise TypeError(f"centers must have the dtype of points, {points.dtype}, got {centers.dtype}")
+    _check("centers", centers, (B, M, H))
+    _check("weight", weight, (len(weight) if isinstance(weight, Tensor) and weight.dim() else 0, H))
+    sign = weight.new_ones(len(weight)) if sign is None else sign
+    _check("sign", sign, (len(weight),))
     wide = torch.float64 if points.dtype == torch.float64 else torch.float32
     weights: list[Tensor | None] = [None] * 4
     if gate is not None:
-        r = gate.reduce.shape[0]
+        if not isinstance(gate, Gate):
+            raise TypeError(f"gate must be an ops.Gate, got {type(gate).__name__}")
+        r = len(gate.reduce_bias) if isinstance(gate.reduce_bias, Tensor) and gate.reduce_bias.dim() else 0
+        if r < 1:
+            raise ValueError("gate.reduce_bias must have at least one number")
         for name, x, shape in zip(Gate._fields, gate, ((r, H), (r,), (H, r), (H,)), strict=True):
-            if tuple(x.shape) != shape or r < 1:
-                raise ValueError(f"gate.{name} must have shape {shape} with r >= 1, got {tuple(x.shape)}")
+            _check(f"gate.{name}", x, shape)
         weights = [gate.reduce.to(wide), gate.reduce_bias.to(wide), gate.expand.t().to(wide), gate.expand_bias.to(wide)]
     weight = weight if weight.is_cuda and wide == torch.float32 else weight.to(wide)
     with torch.autocast(points.device.type, enabled=False):
@@ -91,6 +93,13 @@ def gated_pool(
             points.to(wide), centers.to(wide), idx, *weights, weight, sign.to(wide), moments
         )
     return GatedPool(extreme, mean, var) if moments else GatedPool(extreme, None, None)
+
+
+def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
 
 
 class _Pairs(NamedTuple):
@@ -132,7 +141,7 @@ def gated_pool_reference(
     moments: bool,
 ) -> tuple[Tensor, ...]:
     """`gated_pool` in plain torch, all pairs at a time, `expand` transposed: extreme, mean, var (0 long without
-    `moments`), and for the gradient the mean of the inner channels (H,) and the slot k of every extreme.
+    `moments`), and for the gradient the mean of the inner channels (H,), 0 of none, and the slot k of every extreme.
     """
     p = _pairs(points, centers, idx, reduce, reduce_bias, expand, expand_bias).p
     e = (p.to(weight.dtype) @ weight.t()).to(p.dtype)
@@ -143,7 +152,8 @@ def gated_pool_reference(
         none = e.new_empty(0)
         return extreme, none, none.clone(), none.clone(), slot
     every = (0, 1, 2)
-    return extreme, e.mean(every), e.var(every, correction=0), p.mean(every), slot
+    inner_mean = p.sum(every) / max(1, idx.numel())
+    return extreme, e.mean(every), e.var(every, correction=0), inner_mean, slot
 
 
 def gated_pool_backward_reference(
@@ -242,7 +252,7 @@ def _backward(ctx, grad: Tensor, grad_mean: Tensor, grad_var: Tensor, _grad_inne
     *inputs, weight, slot, inner_mean = ctx.saved_tensors
     q = q0 = scale = grad_mean.new_empty(0)
     if ctx.moments:
-        pairs = inputs[2].numel()
+        pairs = max(1, inputs[2].numel())
         exact = weight.to(grad_var.dtype)
         scale = (2 / pairs) * grad_var.unsqueeze(1) * exact
         q, q0 = exact.t() @ scale, (grad_mean / pairs) @ exact

@@ -41,6 +41,12 @@ def test_agrees_with_the_published_network(name, circle, tmp_path):
     xyz, rgb = clouds(2, 70)
     expected = tree.double().eval()(xyz, rgb, k=5, points=40)
     torch.testing.assert_close(model(xyz, rgb), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+    with torch.enable_grad():
+        rgb.requires_grad_()
+        weight = torch.randn_like(expected)
+        (ours,) = torch.autograd.grad((model(xyz, rgb) * weight).sum(), rgb)
+        (theirs,) = torch.autograd.grad((tree(xyz, rgb, k=5, points=40) * weight).sum(), rgb)
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("name", NAMES)

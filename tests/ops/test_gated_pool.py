@@ -141,6 +141,9 @@ def test_nan_wins_where_it_is(dtype, device, rng):
     assert touched.any() and found.extreme[0, touched].isnan().all()
     assert not found.extreme[0, ~touched].isnan().any() and not found.extreme[1].isnan().any()
     assert found.mean.isnan().all() and found.var.isnan().all()
+    raw = torch.ops.reid3d.gated_pool(points, centers, idx, *flat(gate), weight, sign, False)
+    first = (idx[0] == 3).int().argmax(1)[touched].unsqueeze(1)
+    assert (raw[4][0, touched] == first).all()
 
 
 def test_a_closed_and_an_open_gate(device, rng):
@@ -219,13 +222,15 @@ def test_half_types_are_read_as_float32_on_the_cpu(dtype, rng):
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("moments", [False, True])
 @pytest.mark.parametrize(("b", "m", "c"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
-def test_empty(b, m, c, device, rng):
+def test_empty(b, m, c, moments, device, rng):
     inputs = problem(rng, (b, 5, m, 2, 6, c, 1), device=device)
-    found = ours(*inputs, moments=False)
+    found = ours(*inputs, moments=moments)
     assert found.extreme.shape == (b, m, c)
+    assert not moments or (found.mean.shape == found.var.shape == (c,) and (c == 0 or found.mean.isnan().all()))
     wanted = leaves(*inputs)
-    grads = torch.autograd.grad(ours(*inputs, moments=False).extreme.sum(), wanted)
+    grads = torch.autograd.grad(ours(*inputs, moments=moments).extreme.sum(), wanted)
     assert all(float(g.abs().sum()) == 0 for g in grads)
 
 
@@ -282,9 +287,13 @@ def test_compiles_into_one_graph(device, rng):
     ("change", "error", "message"),
     [
         ({"points": [1]}, TypeError, "points must be a torch.Tensor"),
+        ({"points": torch.zeros(2, 0, 16)}, ValueError, "points must hold at least one point"),
+        ({"centers": torch.zeros(2, 11, 16).double()}, TypeError, "centers must have the dtype of points"),
+        ({"weight": torch.zeros(32, 16).long()}, TypeError, "weight must be a floating point tensor, got torch.int64"),
+        ({"gate": (1, 2, 3, 4)}, TypeError, "gate must be an ops.Gate, got tuple"),
         ({"idx": torch.zeros(2, 11, 5)}, TypeError, "idx must be an int64 tensor"),
         ({"centers": torch.zeros(2, 10, 16)}, ValueError, r"centers must have shape \(2, 11, 16\), got \(2, 10, 16\)"),
-        ({"weight": torch.zeros(32, 15)}, ValueError, r"weight must have shape \(C, 16\), got \(32, 15\)"),
+        ({"weight": torch.zeros(32, 15)}, ValueError, r"weight must have shape \(32, 16\), got \(32, 15\)"),
         ({"sign": torch.ones(31)}, ValueError, r"sign must have shape \(32,\), got \(31,\)"),
         (
             {"gate": Gate(*(torch.zeros(s) for s in ((2, 16), (2,), (2, 16), (16,))))},
