@@ -32,7 +32,7 @@ SMALL = "dropout: 0.3"  # sizes that fit clouds of 512 points, as in the recipe 
 NETWORKS = {
     "ognet": ["synth", "--model.name", "ognet"],
     "ognet_strong": [
-        *("ognet_strong", "--model.kwargs", f"{{grouping: nearest, k: 8, init_points: 128, {SMALL}}}"),
+        *("ognet_strong", "--model.kwargs", f"{{grouping: spread, k: 8, init_points: 128, {SMALL}}}"),
         *("--sampling.p", "6", "--sampling.k", "4", "--cloud.points", "512", "--cloud.background", "false"),
         *("--cloud.workers", "0", "--train.warmup", "1"),
     ],

@@ -906,7 +906,7 @@ class TestConfig:
 
     def test_the_strong_recipe(self):
         read = read_config("ognet_strong", ["--data", "d", "--out", "o"])
-        assert read.model == ModelConfig("ognet", {"grouping": "nearest"})
+        assert read.model == ModelConfig("ognet", {"grouping": "spread"})
         assert (read.sampling.kind, read.batch, read.train.warmup_of) == ("pk", 36, "lr")
         assert (read.loss.features, read.loss.circle.over) == ("clean", "anchors")
         assert min(read.loss.circle.weight, read.loss.triplet.weight, read.loss.label_smoothing, read.train.clip) > 0
