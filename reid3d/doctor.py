@@ -66,6 +66,10 @@ def check_ops(device: str) -> dict[str, str]:
         "ball_query": (lambda: ops.ball_query(line, line, 1.5, 2), [[[0, 1], [0, 1], [2, 2]]]),
         "group_max": (lambda: ops.group_max(line, pairs), [[[1, 0, 0], [1, 0, 0], [3, 0, 0]]]),
         "edge_pool": (lambda: ops.edge_pool(line, pairs).sumsq, [[[1, 0, 0], [1, 0, 0], [10, 0, 0]]]),
+        "gated_pool": (
+            lambda: ops.gated_pool(line, line, pairs, line[0]).extreme,
+            [[[0, 1, 3], [0, 2, 6], [0, 6, 18]]],
+        ),
         "morton_order": (lambda: ops.morton_order(line), [[0, 1, 2]]),
         "transpose_graph": (lambda: ops.transpose_graph(pairs, 3).edges, [[0, 3, 1, 2, 5, 4]]),
         "rasterize": (lambda: ops.rasterize(corner, pairs.new_tensor([[0, 1, 2]]), 2, 2).face, [[[0, 0], [0, -1]]]),

