@@ -1,7 +1,8 @@
-"""What networks of coloured point clouds have in common: what they take, and in which precision."""
+"""What networks of coloured point clouds have in common: what they take, in which precision, and how they begin."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -45,3 +46,21 @@ class CloudNet(nn.Module):
     def describe(self, xyz: Tensor, rgb: Tensor) -> Tensor | Output:
         """As ``forward``, of clouds that were checked."""
         raise NotImplementedError
+
+
+def initialise(network: nn.Module, fan_out: Callable[[str], bool]) -> None:
+    """The published initialisation: linear layers Kaiming normal, by fan-out where ``fan_out`` of their name is true,
+    as the published code's linear layers are, else by fan-in, as its convolutions are; biases 0, norms N(1, 0.02).
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out" if fan_out(name) else "fan_in")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm1d):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+def flat_rows(idx: Tensor, n: int) -> Tensor:
+    """Indices (B, M, k) into clouds of n points -> rows (B*M, k) of all their points one below the other."""
+    return (idx + n * torch.arange(len(idx), device=idx.device).view(-1, 1, 1)).flatten(0, 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.transpose import TransposedGraph
-from .cloud_net import EMBEDDING, CloudNet
+from .cloud_net import EMBEDDING, CloudNet, flat_rows, initialise
 from .head import Head, Output
 from .norm import FoldedNorm, normalise
 from .ognet import SLOPE
@@ -46,7 +46,7 @@ def _edge_moments(h: Tensor, idx: Tensor, transposed: TransposedGraph) -> tuple[
 
     h_j counts as often as j is a neighbour, h_i always as often, and goes with the mean of its neighbours.
     """
-    rows = (idx + idx.shape[1] * torch.arange(len(idx), device=idx.device).view(-1, 1, 1)).flatten(0, 1)
+    rows = flat_rows(idx, idx.shape[1])
     share = transposed.offsets.diff(dim=1).flatten().to(h.dtype) / idx.numel()  # of all edges, those that end in j
     mean = h.mean((0, 1))
     h = h.flatten(0, 1) - mean
@@ -85,12 +85,7 @@ class DGCNN(CloudNet):
         self.k = self.min_points = k
         self.convs = nn.ModuleList(EdgeConv(*channels) for channels in zip((3, *dims), dims, strict=False))
         self.project = nn.Linear(sum(dims), EMBEDDING)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm1d):
-                nn.init.normal_(module.weight, 1.0, 0.02)
+        initialise(self, lambda name: True)  # it has linear layers alone
         self.head = Head(2 * EMBEDDING, EMBEDDING, num_classes, dropout, bias=True, slope=SLOPE)
 
     def describe(self, xyz: Tensor, rgb: Tensor) -> Tensor | Output:

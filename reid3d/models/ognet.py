@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .cloud_net import EMBEDDING, CloudNet
+from .cloud_net import EMBEDDING, CloudNet, flat_rows, initialise
 from .head import Head, Output
 from .norm import FoldedNorm
 
@@ -75,6 +75,15 @@ def _exactly(x: Tensor, weight: Tensor) -> Tensor:
     """Linear in the precision of x, with autocast or without: for coordinates."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x, weight.to(x.dtype))
+
+
+def _shares(idx: Tensor, a: Tensor, values: Tensor | None = None) -> Tensor:
+    """For each point of a (B, N, C) the sum over the pairs it is in of ``values``, rows of (B*M*K, V), or of 1, over
+    the number of pairs: (B*N, V) or (B*N,).
+    """
+    rows = flat_rows(idx, a.shape[1]).flatten()
+    values = a.new_ones(1).expand(len(rows)) if values is None else values
+    return a.new_zeros(a.shape[0] * a.shape[1], *values.shape[1:]).index_add_(0, rows, values) / len(rows)
 
 
 class EdgeConv(nn.Module):
@@ -200,21 +209,12 @@ class Branch(nn.Module):
     def _pool(self, a: Tensor, d: Tensor, idx: Tensor, weight: Tensor, sign: Tensor | None = None) -> ops.GatedPool:
         gate = None if self.gate is None else self.gate.weights()
         if self.gate is not None and self.form.paper:
-            share = self._shares(idx, a).view(a.shape[:2]) * len(a)
+            share = _shares(idx, a).view(a.shape[:2]) * len(a)
             whole = self.gate((share.unsqueeze(1) @ a).squeeze(1) + d.mean(1)).unsqueeze(1)
             a, d, gate = a * whole, d * whole, None
         if a.is_cuda and torch.is_autocast_enabled("cuda"):
             weight = weight.to(torch.get_autocast_dtype("cuda"))
         return ops.gated_pool(a, d, idx, weight, gate, sign=sign, moments=self.training)
-
-    @staticmethod
-    def _shares(idx: Tensor, a: Tensor, values: Tensor | None = None) -> Tensor:
-        """For each point the sum over the pairs it is in of ``values``, rows of (B*M*K, V), or of 1, over all pairs."""
-        n = a.shape[1]
-        rows = (idx + n * torch.arange(idx.shape[0], device=idx.device).view(-1, 1, 1)).flatten()
-        if values is None:
-            values = a.new_ones(1).expand(len(rows))
-        return a.new_zeros(a.shape[0] * n, *values.shape[1:]).index_add_(0, rows, values) / len(rows)
 
     def _pair_moments(self, a: Tensor, d: Tensor, centers: Tensor, idx: Tensor) -> tuple[Tensor, Tensor, int]:
         """Mean and variance over all pairs of A_j + D_c, and their number.
@@ -223,13 +223,13 @@ class Branch(nn.Module):
         is grouped around: three numbers, without a gradient.
         """
         flat = a.flatten(0, 1)
-        degree = self._shares(idx, a)
+        degree = _shares(idx, a)
         all_a, all_d = degree @ flat, d.mean((0, 1))
         dev = flat - all_a
         var = degree @ dev.square() + (d - all_d).square().mean((0, 1))
         if not self.form.paper:
             around = (centers.flatten(0, 1) - centers.mean((0, 1))).repeat_interleave(idx.shape[2], 0)
-            var = var - 2 * ((self._shares(idx, a, around).t() @ dev) * self.linear1.weight[:, :3].t()).sum(0)
+            var = var - 2 * ((_shares(idx, a, around).t() @ dev) * self.linear1.weight[:, :3].t()).sum(0)
         return all_a + all_d, var, idx.numel()
 
 
@@ -416,14 +416,7 @@ class OGNet(CloudNet):
                 f"init_points must leave at least k points for the last graph, got init_points={init_points}, k={k}, "
                 f"which leaves {graph_points}"
             )
-        # The published code's convolutions, Linear here, are Kaiming normal by fan-in, its linear layers by fan-out.
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out" if name.endswith("project") else "fan_in")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm1d):
-                nn.init.normal_(module.weight, 1.0, 0.02)
+        initialise(self, lambda name: name.endswith("project"))
         self.head = Head(2 * c_in, EMBEDDING, num_classes, dropout)
 
     def describe(self, xyz: Tensor, rgb: Tensor) -> Tensor | Output:

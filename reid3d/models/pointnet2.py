@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .cloud_net import EMBEDDING, CloudNet
+from .cloud_net import EMBEDDING, CloudNet, flat_rows, initialise
 from .head import Head, Output
 from .norm import BatchNorm, FoldedNorm, normalise
 from .ognet import SLOPE, sample_outside_hole
@@ -80,7 +80,9 @@ class Branch(nn.Module):
 
 def _balls(layers: list[tuple[nn.Linear, FoldedNorm]], a: Tensor, d: Tensor, idx: Tensor) -> Tensor:
     """The layers behind a ReLU, on the pairs A_j + D_c of some clouds, and the maximum over each ball."""
-    pairs = F.relu(F.embedding(_rows(idx, a.shape[1]), a.flatten(0, 1)) + d.flatten(0, 1).unsqueeze(1)).flatten(0, 1)
+    pairs = F.relu(F.embedding(flat_rows(idx, a.shape[1]), a.flatten(0, 1)) + d.flatten(0, 1).unsqueeze(1)).flatten(
+        0, 1
+    )
     for linear, norm in layers:
         moments = None
         if norm.training:
@@ -92,17 +94,12 @@ def _balls(layers: list[tuple[nn.Linear, FoldedNorm]], a: Tensor, d: Tensor, idx
     return ops.group_max(pairs.unflatten(0, (len(idx), len(slots))), slots.view(idx.shape[1:]).expand_as(idx))
 
 
-def _rows(idx: Tensor, n: int) -> Tensor:
-    """Indices (B, M, k) into clouds of n points -> rows (B*M, k) of all their points one below the other."""
-    return (idx + n * torch.arange(len(idx), device=idx.device).view(-1, 1, 1)).flatten(0, 1)
-
-
 def _ball_moments(centers: Tensor, xyz: Tensor, h: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (3 + C) and covariance (3 + C, 3 + C) of (xyz_j - xyz_c, h_j) over all pairs.
 
     h_j counts as often as j lies in a ball, and goes with the sum of xyz_j - xyz_c over these.
     """
-    rows, h = _rows(idx, xyz.shape[1]).flatten(), h.flatten(0, 1)
+    rows, h = flat_rows(idx, xyz.shape[1]).flatten(), h.flatten(0, 1)
     relative = xyz.flatten(0, 1)[rows] - centers.flatten(0, 1).repeat_interleave(idx.shape[2], 0)
     share = h.new_zeros(len(h)).index_add_(0, rows, h.new_ones(1).expand(len(rows))) / len(rows)  # bincount would wait
     mean_xyz, mean_h = relative.mean(0), share @ h
@@ -167,15 +164,7 @@ class PointNet2(CloudNet):
             self.abstractions.append(SetAbstraction(c_in, stage, relu))
             c_in = sum(widths[-1] for *_, widths in stage)
         self.hidden = nn.Sequential(nn.Linear(c_in, EMBEDDING), BatchNorm(EMBEDDING), nn.LeakyReLU(SLOPE))
-        # The published code's convolutions, Linear in the MLPs, are Kaiming normal by fan-in, its linear layers by
-        # fan-out.
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out" if name.startswith("hidden") else "fan_in")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm1d):
-                nn.init.normal_(module.weight, 1.0, 0.02)
+        initialise(self, lambda name: name.startswith("hidden"))
         self.head = Head(EMBEDDING, EMBEDDING, num_classes, dropout, bias=True)
 
     def describe(self, xyz: Tensor, rgb: Tensor) -> Tensor | Output:
