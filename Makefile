@@ -16,7 +16,7 @@ demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./demo.sh build/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 bench: $(READY)
 	$(BIN)/reid3d bench kernels

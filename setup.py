@@ -97,7 +97,7 @@ setup(
         "track": ["tensorboard"],
         # smplx, for non-commercial use, is an oracle of the tests and nothing else.
         "test": [
-            *("pytest", "hypothesis", "ruff", "mypy"),
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
             *("torch-geometric", "trimesh", "ray[data]", "smplx", "h5py", "scipy", "pytorch-metric-learning"),
             "tensorboard",
         ],
