@@ -134,20 +134,25 @@ def test_a_short_run(device, capsys, tmp_path, monkeypatch):
         assert out.count(f"\n{result['op']}, {result['shape']}") == 2
 
 
-def test_a_short_run_of_training(device, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_short_run_of_training(device, threads, capsys, tmp_path, monkeypatch):
     small = training.Sizes("ognet_small", 6, 80, 3, (("init_points", 32), ("k", 4)))
     monkeypatch.setattr(training, "SIZES", small)
+    peaks = {"ours": 2, "alone": 1, "twin": 4}  # the next test measures some
+    monkeypatch.setattr(training, "_peak", lambda way, *_: peaks[way] << 20)
     monkeypatch.setattr(timing, "ROUNDS", 3)
     file = tmp_path / "train.json"
-    argv = ["bench", "train", "--device", str(device), "--seconds", "1e-4", "--json", str(file)]
+    wanted = ["--device", str(device), "--threads", str(threads), "--seconds", "1e-4", "--json", str(file)]
+    argv = ["bench", "train", *wanted]
     assert cli.main(argv) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
     data = json.loads(file.read_text())
     check(data)
     for result in data["results"]:
+        assert len(result["contenders"]) == (3 if threads > 1 and device.type == "cpu" else 2)
         for entry in result["contenders"]:
             assert entry["points_per_second"] == pytest.approx(480e3 / entry["ms"]["median"], abs=1)
-            assert entry["peak_mb"] >= 0
+        assert [entry["peak_mb"] for entry in result["contenders"]] == [2, 4, 1][: len(result["contenders"])]
 
 
 def test_memory_is_that_of_the_call():

@@ -1,7 +1,8 @@
 """What `reid3d bench train` measures: OG-Net beside its plain-torch twin, same weights, same clouds.
 
 The twin (`published.py`) samples and groups with our compiled ops: in plain torch these loops alone would take longer
-than all the rest. Agreement is with the twin on exact graphs, for the published search rounds its distances.
+than all the rest. Agreement is with the twin on exact graphs, for the published search rounds its distances. With
+several CPU threads OG-Net with one takes its turns too, and its row says how many times faster the threads are.
 """
 
 import subprocess
@@ -33,6 +34,7 @@ class Sizes(NamedTuple):
 SIZES = Sizes()
 TASKS = ("forward", "forward, training", "step")
 WAYS = {"ours": "reid3d.models", "twin": "plain torch, as published"}
+ALONE = {"alone": "reid3d.models, one thread"}
 NEAR = 1e-4  # of the greatest number
 
 
@@ -49,7 +51,7 @@ def task(way: str, what: str, sizes: Sizes, device: torch.device) -> Callable[[]
     labels = torch.arange(sizes.batch, device=device) % sizes.ids
 
     def feats() -> Tensor:
-        if way == "ours":
+        if way in ("ours", "alone"):
             return model(xyz, rgb).feats if model.training else model(xyz, rgb)
         return published.forward(model, xyz, rgb, published.AS_OURS if way == "exact" else published.AS_PUBLISHED)[0]
 
@@ -64,23 +66,37 @@ def task(way: str, what: str, sizes: Sizes, device: torch.device) -> Callable[[]
         optimizer.step()
         return found.detach()
 
-    return step if what == "step" else forward
+    call = step if what == "step" else forward
+    return _alone(call) if way == "alone" else call
+
+
+def _alone(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def on_one_thread() -> Tensor:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(threads)
+
+    return on_one_thread
 
 
 def results(device: torch.device, threads: int, seconds: float) -> Iterator[dict[str, Any]]:
     """Each task: times, peak memory of a first call, and of the features the share within 1e-4 of the twin's."""
     s = SIZES._replace(batch=SIZES.batch or (36 if device.type == "cuda" else 8))
+    ways = WAYS | (ALONE if threads > 1 and device.type == "cpu" else {})
     for kind in ("float32", "tf32", "bfloat16") if device.type == "cuda" else ("float32",):
         for what in TASKS:
             with _precision(kind, device):
                 case = Case(what, f"{s.model}, {s.batch} x {s.points}, {kind}")
                 expected = task("exact", what, s, device)().float()
-                for way, name in WAYS.items():
-                    call = task(way, what, s, device)
-                    agrees = _agreement(expected) if way == "ours" and kind == "float32" else None
-                    case.add(name, call, agrees, kind="ours" if way == "ours" else "torch")
+                for way, name in ways.items():
+                    ours = way != "twin"
+                    agrees = _agreement(expected) if ours and kind == "float32" else None
+                    case.add(name, task(way, what, s, device), agrees, kind="ours" if ours else "torch")
                 found = measure(case, seconds, device)
-                for way, entry in zip(WAYS, found["contenders"], strict=True):
+                for way, entry in zip(ways, found["contenders"], strict=True):
                     entry["peak_mb"] = round(_peak(way, what, s, device, threads) / 2**20)
                     entry["points_per_second"] = round(s.batch * s.points / entry["ms"]["median"] * 1e3)
                     entry["note"] = f"{entry['points_per_second']:,} points/s, {entry['peak_mb']:,} MB"
