@@ -6,6 +6,7 @@
 All learn from the clouds of the recipe `synth`, for as many epochs with as many clouds a batch. ognet, pointnet2_msg
 and dgcnn are trained as it says (cross-entropy, balanced draws, Adam); ognet_strong, of the same parameters as ognet,
 as its own recipe says. Hours; what was done is kept, in the folder and in the file, and the same command goes on.
+Commands for other networks may run beside it.
 """
 
 import argparse
@@ -80,6 +81,13 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
+def results(path: Path, epochs: int) -> dict[str, Any]:
+    """What is known of so many epochs."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    networks = known["networks"] if known.get("epochs") == epochs else {}
+    return {"suite": "networks", "world": "standard", "epochs": epochs, "networks": networks}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path)
@@ -92,20 +100,17 @@ def main() -> None:
     started = time.perf_counter()
     people = synth(args.folder / "standard", preset="standard")
     convert_folder(people, args.folder / "clouds", Recipe(), workers=args.workers)
-    found: dict[str, Any] = {"suite": "networks", "world": "standard", "epochs": args.epochs, "networks": {}}
-    if args.json.exists():
-        before = json.loads(args.json.read_text())
-        found["networks"] = before["networks"] if before["epochs"] == args.epochs else {}
+    known = results(args.json, args.epochs)["networks"]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         waiting = {}
         for seed in range(args.seeds):
             for name in args.networks:
-                known = found["networks"].get(name, {"runs": []})["runs"]
-                if seed not in [run["seed"] for run in known]:
+                if seed not in [run["seed"] for run in known.get(name, {"runs": []})["runs"]]:
                     waiting[pool.submit(learned, name, seed, args.epochs, args.folder)] = name
         for future in as_completed(waiting):
             name, run = waiting[future], future.result()
             print(name, json.dumps(run), flush=True)
+            found = results(args.json, args.epochs)  # with what others have found meanwhile
             runs = sorted([*found["networks"].get(name, {"runs": []})["runs"], run], key=lambda one: one["seed"])
             found["networks"][name] = {**summary(runs), "runs": runs}
             found["environment"] = bench.environment("cpu", 1, time.perf_counter() - started, {})
