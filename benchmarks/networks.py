@@ -34,8 +34,8 @@ NETWORKS = {
     "ognet": ["synth", "--model.name", "ognet"],
     "ognet_strong": [
         *("ognet_strong", "--model.kwargs", f"{{grouping: spread, k: 8, init_points: 128, {SMALL}}}"),
-        *("--sampling.p", "6", "--sampling.k", "4", "--cloud.points", "512", "--cloud.background", "false"),
-        *("--cloud.workers", "0", "--train.warmup", "1"),
+        *("--sampling.p", "12", "--cloud.points", "512", "--cloud.background", "false", "--cloud.workers", "0"),
+        *("--train.warmup", "0", "--train.average_from", "1"),  # hundredths of the epochs, of which there are a few
     ],
     "pointnet2_msg": [
         *("synth", "--model.name", "pointnet2_msg", "--model.kwargs", f"{{points: [128, 32], {SMALL}}}"),

@@ -909,7 +909,8 @@ class TestConfig:
         assert read.model == ModelConfig("ognet", {"grouping": "spread"})
         assert (read.sampling.kind, read.batch, read.train.warmup_of) == ("pk", 36, "lr")
         assert (read.loss.features, read.loss.circle.over) == ("clean", "anchors")
-        assert min(read.loss.circle.weight, read.loss.triplet.weight, read.loss.label_smoothing, read.train.clip) > 0
+        assert min(read.loss.circle.weight, read.loss.triplet.weight, read.train.clip) > 0
+        assert not read.cloud.scale and read.loss.label_smoothing == 0
 
     @pytest.mark.parametrize("row", PUBLISHED.split("\n"), ids=lambda row: "_".join(row.split()[:2]))
     def test_published_recipes(self, row):
