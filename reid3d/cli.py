@@ -7,12 +7,13 @@ Nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,8 @@ from typing import Any, NoReturn
 from . import __version__
 
 JSON_HELP = "write the figures as JSON too"
+CALIBRATION = "calibration.json"  # beside the weights
+RATES = (0.01, 0.001)  # of false matches
 KNOBS = {  # of a synthetic world
     "ids": "identities, half of them for training",
     "cams": "cameras",
@@ -154,8 +157,10 @@ def _parser() -> _Parser:
     train.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
 
     evaluate = command("eval", "extract the features of query and gallery and score the ranking")
-    evaluate.add_argument("weights", metavar="RUN_OR_WEIGHTS", type=Path, help="folder of a run, or weights file")
-    evaluate.add_argument("data", metavar="DATA", type=Path, help="folder of shards with query and gallery")
+    run_help = "folder of a run, or weights file"
+    evaluate.add_argument("weights", metavar="RUN_OR_WEIGHTS", nargs="?", type=Path, help=run_help)
+    data_help = "folder of shards with query and gallery"
+    evaluate.add_argument("data", metavar="DATA", nargs="?", type=Path, help=data_help)
     ap_help = "definition of average precision (default: %(default)s)"
     evaluate.add_argument("--ap", choices=("market", "mean"), default="market", help=ap_help)
     evaluate.add_argument("--features", metavar="DIR", type=Path, help="default: features/ beside the weights")
@@ -164,6 +169,12 @@ def _parser() -> _Parser:
     _number(evaluate, "--points", None, "points per cloud (default: as trained)")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
     evaluate.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
+    other = evaluate.add_argument_group("other ways to use it")
+    rates_help = "find thresholds for these rates of false matches and write calibration.json beside the weights"
+    other.add_argument("--calibrate", metavar="RATE", type=_rate, nargs="*", help=f"{rates_help} (default: 0.01 0.001)")
+    matrix_help = "without RUN and DATA: score each of these runs on each data set of --on, the table of the papers"
+    other.add_argument("--matrix", metavar="RUN", nargs="+", type=Path, help=f"{matrix_help} (default: off)")
+    other.add_argument("--on", metavar="DATA", nargs="+", type=Path, help="data sets of --matrix (default: none)")
 
     view = command("view", "write an HTML page with ranked matches as clouds that the mouse turns")
     view.add_argument("features", metavar="FEATURES_DIR", type=Path, help="folder that reid3d eval wrote")
@@ -230,6 +241,13 @@ def _share(text: str) -> float:
     if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
     return share
+
+
+def _rate(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be above 0 and below 1, got {text}")
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -378,56 +396,115 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    weights = options.weights / "model.safetensors" if options.weights.is_dir() else options.weights
+    if options.matrix or options.on:
+        if options.weights or options.calibrate is not None or not (options.matrix and options.on):
+            message = "a matrix needs --matrix RUN... and --on DATA..., and no other RUN, DATA or --calibrate"
+            raise _UsageError(f"{message} (see reid3d eval --help)")
+        _eval_matrix(options)
+        return
+    if options.data is None:
+        raise _UsageError("RUN_OR_WEIGHTS and DATA are needed, or --matrix and --on (see reid3d eval --help)")
+    weights = _weights(options.weights)
+    folder = options.features or weights.parent / "features"
+    model, points, query, gallery, result = _scored(weights, options.data, options, folder)
+    print(result)
+    print(f"features: {folder}")
+    figures = {
+        "weights": str(weights),
+        "trained_on": str(model.trained_on),
+        "data": str(options.data),
+        "points": points,
+        **_figures(result),
+        "version": __version__,
+    }
+    if options.calibrate is not None:
+        from .retrieval import calibrate
+
+        found = calibrate(query, gallery, options.calibrate or RATES)
+        found.save(weights.parent / CALIBRATION)
+        print(f"{found}\ncalibration: {weights.parent / CALIBRATION}")
+        figures["calibration"] = asdict(found)
+    if options.json:
+        _write_json(options.json, figures)
+
+
+def _eval_matrix(options: argparse.Namespace) -> None:
+    runs, data = ({_short(path, paths): path for path in paths} for paths in (options.matrix, options.on))
+    weights = {name: _weights(path) for name, path in runs.items()}  # all there before the first is used
+    found: dict[str, dict[str, Any]] = {name: {} for name in runs}
+    wide = max(map(len, [*runs, "Rank-1 / mAP, %"]))
+    columns = [max(len(name), len("100.0 / 100.0")) for name in data]
+    print("  ".join([f"{'Rank-1 / mAP, %':<{wide}}", *(f"{name:>{n}}" for name, n in zip(data, columns, strict=True))]))
+    for run in runs:
+        for name, path in data.items():
+            *_, result = _scored(weights[run], path, options)
+            found[run][name] = _figures(result)
+        cells = [f"{100 * found[run][name]['rank1']:.1f} / {100 * found[run][name]['mAP']:.1f}" for name in data]
+        row = [f"{run:<{wide}}", *(f"{cell:>{n}}" for cell, n in zip(cells, columns, strict=True))]
+        print("  ".join(row), flush=True)
+    if options.json:
+        paths = {"runs": {k: str(v) for k, v in runs.items()}, "data": {k: str(v) for k, v in data.items()}}
+        _write_json(options.json, {**paths, "scores": found, "version": __version__})
+
+
+def _short(path: Path, paths: list[Path]) -> str:
+    """The name of its folder, if no other of the paths has it."""
+    same = [other for other in paths if other.resolve().name == path.resolve().name]
+    return path.resolve().name if len(same) == 1 else str(path)
+
+
+def _weights(run: Path) -> Path:
+    weights = run / "model.safetensors" if run.is_dir() else run
     if not weights.is_file():
-        hint = " (is the training done?)" if options.weights.is_dir() else ""
+        hint = " (is the training done?)" if run.is_dir() else ""
         raise FileNotFoundError(f"no weights at {weights}{hint}")
+    return weights
+
+
+def _scored(weights: Path, data: Path, options: argparse.Namespace, folder: Path | None = None) -> tuple[Any, ...]:
+    """The model, the points it had of each cloud, the features of query and gallery, and their scores."""
     from .data import open_dataset, validate_protocol
     from .data.transforms import EvalTransform
     from .models import create_model, resolve_device
     from .retrieval import evaluate, extract
 
     device = resolve_device(options.device)
-    dataset = open_dataset(options.data)
+    dataset = open_dataset(data)
     splits = {"query": dataset.query, "gallery": dataset.gallery}
     for name, split in splits.items():
         if not len(split):
-            raise ValueError(f"{options.data} has no {name} clouds: convert a folder in Market-1501's layout")
+            raise ValueError(f"{data} has no {name} clouds: convert a folder in Market-1501's layout")
     if message := validate_protocol(dataset.query, dataset.gallery):
         print(f"reid3d: {message}", file=sys.stderr)
     model = create_model(weights=weights)
     points = options.points or getattr(model, "points", None) or EvalTransform().points
-    folder = options.features or weights.parent / "features"
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     features = {
         name: extract(model, split, points=points, batch=options.batch, workers=options.workers, device=device)
         for name, split in splits.items()
     }
-    for name in splits:  # all there before one is written: they belong together
-        features[name].save(_feature_file(folder, name))
+    if folder is not None:
+        for name in splits:  # all there before one is written: they belong together
+            features[name].save(_feature_file(folder, name))
     result = evaluate(features["query"], features["gallery"], ap=options.ap)
-    print(result)
-    print(f"features: {folder}")
-    if options.json:
-        figures = {
-            "weights": str(weights),
-            "trained_on": str(model.trained_on),
-            "data": str(options.data),
-            "points": points,
-            "rank1": result.cmc[0],
-            "rank5": result.cmc[4],
-            "rank10": result.cmc[9],
-            "mAP": result.mAP,
-            "mINP": result.mINP,
-            "ap": result.ap,
-            "chance_rank1": result.chance.rank1,
-            "chance_mAP": result.chance.mAP,
-            "num_valid": result.num_valid,
-            "num_query": result.num_query,
-            "num_gallery": result.num_gallery,
-            "version": __version__,
-        }
-        _write_json(options.json, figures)
+    return model, points, features["query"], features["gallery"], result
+
+
+def _figures(result: Any) -> dict[str, Any]:
+    return {
+        "rank1": result.cmc[0],
+        "rank5": result.cmc[4],
+        "rank10": result.cmc[9],
+        "mAP": result.mAP,
+        "mINP": result.mINP,
+        "ap": result.ap,
+        "chance_rank1": result.chance.rank1,
+        "chance_mAP": result.chance.mAP,
+        "num_valid": result.num_valid,
+        "num_query": result.num_query,
+        "num_gallery": result.num_gallery,
+    }
 
 
 def _feature_file(folder: Path, split: str) -> Path:

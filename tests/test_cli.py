@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,10 @@ def test_help_and_version(capsys):
         ),
         (["convert", "a", "b", "--official", "--mode", "dense"], "not allowed with argument --official"),
         (["eval", "run", "data", "--ap", "coco"], "argument --ap: invalid choice: 'coco'"),
+        (["eval", "run"], "RUN_OR_WEIGHTS and DATA are needed"),
+        (["eval", "run", "--matrix", "a", "--on", "b"], "a matrix needs --matrix RUN... and --on DATA..."),
+        (["eval", "--matrix", "a"], "a matrix needs --matrix RUN... and --on DATA..."),
+        (["eval", "run", "data", "--calibrate", "1"], "argument --calibrate: must be above 0 and below 1, got 1"),
         (["eval", "run", "data", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["eval", "run", "data", "--feat", "x"], "unrecognized arguments: --feat x"),
         (["doctor", "now"], "unrecognized arguments: now"),
@@ -159,6 +164,42 @@ def test_five_lines_of_python_give_the_figures_of_eval(run, data, capsys, tmp_pa
         saved = reid3d.Features.load(tmp_path / "f" / f"{name}.safetensors")
         assert saved.made_by == features.made_by
         assert (saved.feats == features.feats).all()
+
+
+def test_a_matrix_of_runs_and_data(run, data, capsys, tmp_path):
+    other = write_capsules(tmp_path / "others", ids=3)
+    argv = ("eval", "--matrix", run, "--on", data, other, "--json", tmp_path / "matrix.json")
+    code, out, err = call(capsys, *argv)
+    assert code == 0, err
+    matrix = json.loads((tmp_path / "matrix.json").read_text())
+    assert list(matrix["scores"]) == [run.name] and list(matrix["scores"][run.name]) == ["clouds", "others"]
+    for path, name in ((data, "clouds"), (other, "others")):
+        assert call(capsys, "eval", run, path, "--features", tmp_path / "f", "--json", tmp_path / "e.json")[0] == 0
+        alone = json.loads((tmp_path / "e.json").read_text())
+        found = matrix["scores"][run.name][name]
+        assert found == {key: alone[key] for key in found} and found["num_query"] > 0
+        assert f"{100 * found['rank1']:.1f} / {100 * found['mAP']:.1f}" in out.splitlines()[1]
+    assert out.splitlines()[0].split() == ["Rank-1", "/", "mAP,", "%", "clouds", "others"]
+    shutil.copytree(other, tmp_path / "more" / "others")  # of the same name
+    code, out, _ = call(capsys, "eval", "--matrix", run, "--on", other, tmp_path / "more" / "others")
+    assert code == 0 and out.splitlines()[0].split()[-2:] == [str(other), str(tmp_path / "more" / "others")]
+
+
+def test_thresholds_are_kept_beside_the_weights(run, capsys, tmp_path):
+    clouds = write_capsules(tmp_path / "clouds", ids=40)
+    shutil.copytree(run, tmp_path / "run")
+    argv = ("eval", tmp_path / "run", clouds, "--calibrate", "0.1", "0.05", "--json", tmp_path / "e.json")
+    code, out, err = call(capsys, *argv)
+    assert code == 0, err
+    file = tmp_path / "run" / "calibration.json"
+    assert out.splitlines()[-1] == f"calibration: {file}"
+    found = reid3d.retrieval.Calibration.load(file)
+    query = reid3d.Features.load(tmp_path / "run" / "features" / "query.safetensors")
+    assert found.made_by == query.made_by and [row.fmr for row in found.thresholds] == [0.1, 0.05]
+    assert json.loads((tmp_path / "e.json").read_text())["calibration"]["thresholds"][1]["fmr"] == 0.05
+    code, _, err = call(capsys, "eval", tmp_path / "run", clouds, "--calibrate", "1e-7")
+    assert code == 1 and "fmr must be at least 30 of the " in one_error(err)
+    assert reid3d.retrieval.Calibration.load(file) == found
 
 
 def test_eval_of_a_published_checkpoint(data, capsys, tmp_path):

@@ -1,7 +1,9 @@
 """From features to answers: the feature file, exact search, and the metrics of the field."""
 
+from .calibrate import Calibration, Threshold, calibrate
 from .features import Features, extract
 from .metrics import Chance, PerQuery, Result, evaluate
 from .search import Ranks, search
 
-__all__ = ["Chance", "Features", "PerQuery", "Ranks", "Result", "evaluate", "extract", "search"]
+__all__ = ["Calibration", "Chance", "Features", "PerQuery", "Ranks", "Result", "Threshold"]
+__all__ += ["calibrate", "evaluate", "extract", "search"]
