@@ -9,6 +9,7 @@
 #include "gated_pool.h"
 #include "group_max.h"
 #include "knn.h"
+#include "match_places.h"
 #include "paint.h"
 #include "rasterize.h"
 
@@ -32,11 +33,11 @@ constexpr GatedKernels<T, S> kGatedKernels = {gated_pool<T, S>, gated_pool_backw
 extern const Kernels kernels;
 const Kernels kernels = {
     REID3D_TEXT(REID3D_ISA), paint,
-    rasterize,               kPointKernels<float>,
-    kPointKernels<double>,   kPoolKernels<float>,
-    kPoolKernels<double>,    kPoolKernels<Half>,
-    kPoolKernels<BFloat16>,  kGatedKernels<float, uint8_t>,
-    kGatedKernels<float, int16_t>, kGatedKernels<double, uint8_t>,
-    kGatedKernels<double, int16_t>};
+    rasterize,               match_places,
+    kPointKernels<float>,    kPointKernels<double>,
+    kPoolKernels<float>,     kPoolKernels<double>,
+    kPoolKernels<Half>,      kPoolKernels<BFloat16>,
+    kGatedKernels<float, uint8_t>,  kGatedKernels<float, int16_t>,
+    kGatedKernels<double, uint8_t>, kGatedKernels<double, int16_t>};
 
 }  // namespace reid3d::REID3D_ISA

@@ -175,6 +175,9 @@ struct Picture {
   Frame* frame;
 };
 
+// What a row of similarities or its positions may have wrong.
+enum class MatchError { none, nan, position };
+
 struct Kernels {
   const char* isa;
   // Image b of the scenes; `floats` and `faces` are scratch, see paint_scratch.
@@ -182,6 +185,10 @@ struct Kernels {
   // One body; depth and face (height,width) hold +inf and -1. `corners`: see rasterize.h.
   void (*rasterize)(const float* points, const int32_t* corners, int64_t faces, int64_t height, int64_t width,
                     float* depth, int64_t* face);
+  // One query: `places` (matches_count,) of its matches in a row of n similarities. `scratch`: see match_scratch.
+  MatchError (*match_places)(const float* sim, int64_t n, const int64_t* matches, int64_t matches_count,
+                             const int64_t* removed, int64_t removed_count, const int64_t* junk, int64_t junk_count,
+                             bool pessimistic, void* scratch, int64_t* places);
   PointKernels<float> f;
   PointKernels<double> d;
   PoolKernels<float> pool_f;
@@ -212,5 +219,8 @@ inline int64_t paint_scratch(int64_t vertices, int64_t height) { return 9 * vert
 
 // Bytes of scratch for one call of knn or knn_rows.
 inline int64_t knn_scratch(int64_t n, int64_t k) { return 16 * (n + k + 256); }
+
+// Bytes of scratch for one call of match_places.
+inline int64_t match_scratch(int64_t n, int64_t matches) { return 4 * n + 28 * matches; }
 
 }  // namespace reid3d

@@ -1,4 +1,5 @@
-"""Point-cloud ops on (B,N,D) tensors, and a z-buffer: one contract, from the compiled kernels the same on every device.
+"""Point-cloud ops on (B,N,D) tensors, a z-buffer, and places in ranked lists: one contract, from the compiled kernels
+the same on every device.
 
 Each op is one file: contract, wrapper, plain-torch reference, schema, fake kernel, gradient. The compiled kernels in
 reid3d/_C.so (CPU) and reid3d/_C_cuda.so replace the references on their device; REID3D_NO_EXTENSION=1 in the
@@ -21,6 +22,7 @@ from .fps import farthest_point_sample, farthest_point_sample_reference
 from .gated_pool import Gate, GatedPool, gated_pool, gated_pool_reference
 from .group_max import group_max, group_max_reference
 from .knn import KNN, knn, knn_reference
+from .match_places import match_places, match_places_reference
 from .morton import morton_order, morton_order_reference
 from .rasterize import Fragments, rasterize, rasterize_reference
 from .transpose import TransposedGraph, transpose_graph, transpose_graph_reference
@@ -45,6 +47,8 @@ __all__ = [
     "group_max_reference",
     "knn",
     "knn_reference",
+    "match_places",
+    "match_places_reference",
     "morton_order",
     "morton_order_reference",
     "pyg",

@@ -3,7 +3,8 @@
 from .calibrate import Calibration, Threshold, calibrate
 from .features import Features, extract
 from .metrics import Chance, PerQuery, Result, evaluate
+from .roc import ROC, roc
 from .search import Ranks, search
 
-__all__ = ["Calibration", "Chance", "Features", "PerQuery", "Ranks", "Result", "Threshold"]
-__all__ += ["calibrate", "evaluate", "extract", "search"]
+__all__ = ["ROC", "Calibration", "Chance", "Features", "PerQuery", "Ranks", "Result", "Threshold"]
+__all__ += ["calibrate", "evaluate", "extract", "roc", "search"]

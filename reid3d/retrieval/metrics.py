@@ -1,4 +1,4 @@
-"""CMC, mean average precision and mINP under the protocol of Market-1501."""
+"""CMC, mean average precision and mINP under the protocols of Market-1501 and CUHK03."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import validate_protocol
+from ..ops import match_places
 from .features import Features
-from .search import order_keys, similarity_blocks
+from .pairs import Pairs
 
 MAX_RANK = 50
+_BLOCK = 2**20  # comparisons held at once
 AveragePrecision = Literal["market", "mean"]
+Ties = Literal["stable", "pessimistic"]
 
 
 class PerQuery(NamedTuple):
@@ -42,7 +44,8 @@ class Result:
 
     cmc: (50,) float64, cmc[r - 1] the share of queries with a match among the first r. mAP: mean average precision in
     the definition `ap`. mINP: mean inverse negative penalty. per_query: see `PerQuery`. num_valid, num_query: queries
-    with a match, and all. num_gallery: gallery items without junk. chance: the scores of a random order.
+    with a match, and all. num_gallery: gallery items without junk. chance: the scores of a random order. ties,
+    protocol: how they were broken, and the rules in words.
     """
 
     cmc: np.ndarray
@@ -54,6 +57,8 @@ class Result:
     num_query: int
     num_gallery: int
     chance: Chance
+    ties: Ties
+    protocol: str
 
     def __str__(self) -> str:
         """A small table: each score, and what a random order of the gallery would score on average."""
@@ -69,94 +74,145 @@ class Result:
             against = f"   chance {chance:6.2%}, {value / chance:.1f} times that" if chance else ""
             lines.append(f"{name:<13}{value:7.2%}{against}")
         counts = f"{self.num_valid} of {self.num_query} queries have a match in the gallery of {self.num_gallery}"
-        return "\n".join([*lines, f"single query, cross camera: {counts}"])
+        return "\n".join([*lines, f"{self.protocol}: {counts}"])
 
 
-def evaluate(q: Features, g: Features, ap: AveragePrecision = "market") -> Result:
-    """Rank the gallery for each query by cosine similarity and score the order: single query, cross camera.
+def evaluate(
+    q: Features,
+    g: Features,
+    ap: AveragePrecision = "market",
+    *,
+    scores: np.ndarray | None = None,
+    ties: Ties = "stable",
+    cross_camera: bool = True,
+    multi_query: bool = False,
+    single_gallery_shot: bool = False,
+) -> Result:
+    """Rank the gallery for each query by similarity and score the order.
 
     Gallery items with pid -1 (junk) are dropped. For each query the items of its pid and its camera are removed; a
     camid of -1 is unknown and removes nothing. Pid 0 (distractors) stays. A query without a match left is skipped in
-    every mean and shows in num_valid. Ties go to the lower gallery index.
+    every mean and shows in num_valid.
 
-    ap="market": area under the precision-recall curve by trapezoids, as the original Market-1501 code (and OG-Net's
-    numbers). ap="mean": the mean of the precision at each match, as torchreid and fast-reid. The two differ by a point
-    or two on real sets, so a number without its definition cannot be compared.
+    Args:
+        q, g: queries and gallery. Their features are compared by cosine.
+        ap: "market" is the area under the precision-recall curve by trapezoids, as the original Market-1501 code (and
+            OG-Net's numbers). "mean" is the mean of the precision at each match, as torchreid and fast-reid. The two
+            differ by a point or two on real sets, so a number without its definition cannot be compared.
+        scores: (Q,G) float32 similarities, larger is more similar, in place of the cosines: of a re-ranking or a pair
+            matcher. Infinities have their places. Never copied whole.
+        ties: "stable" puts the lower gallery index first, "pessimistic" a match after all equal items that are not
+            matches. A large difference between the two means that many similarities are equal.
+        cross_camera: False is for data without cameras: only the query image itself, an item of the same pid, name and
+            source, is removed.
+        multi_query: queries of one pid and camera (without cross_camera: of one pid) become one query, the mean of
+            their features of unit length. Results are those of the pooled queries, in the order of their first images.
+        single_gallery_shot: CMC as on the classic CUHK03: each query sees one item of each person in the gallery, drawn
+            at random, and `cmc` is the expectation over all draws, computed, not sampled: a match competes with other
+            people who are drawn independently, each ahead of it with the share of his items that are. Distractors are
+            different people. All else, per_query.rank too, is of the full gallery.
 
-    Memory beyond the inputs: a normalised copy of the gallery and a few blocks of 2**20 values; the similarities are
-    never all held.
+    Memory beyond the inputs: a few blocks of 2**20 values, and without scores a normalised copy of the gallery; the
+    similarities are never all held. Of given similarities neither threads nor blocks change a bit of the result.
 
-    Raises: ValueError for another `ap`, empty sides, dimensions that differ, or when no query has a match.
-    Source: Zheng et al., ICCV 2015 (protocol, AP of its evaluation code); Ye et al., TPAMI 2021 (mINP).
+    Raises: TypeError for scores of another kind. ValueError for unknown options, empty sides, names that are not
+        unique, dimensions that differ, features of two models, scores of another shape or with NaN, multi_query with
+        scores, or when no query has a match, with the rule that took them.
+    Source: Zheng et al., ICCV 2015 (protocols, AP of its evaluation code); Ye et al., TPAMI 2021 (mINP); Li et al.,
+        CVPR 2014 (single gallery shot).
     """
-    if ap not in ("market", "mean"):
-        raise ValueError(f"ap must be 'market' or 'mean', got {ap!r}")
-    validate_protocol(q, g)
-    kept = np.flatnonzero(g.pids != -1)
-    pids, camids = g.pids[kept], g.camids[kept]
-    by_pid = np.argsort(pids, kind="stable")
-    starts = np.searchsorted(pids[by_pid], q.pids, side="left")
-    counts = np.searchsorted(pids[by_pid], q.pids, side="right") - starts
+    for name, value, known in (("ap", ap, ("market", "mean")), ("ties", ties, ("stable", "pessimistic"))):
+        if value not in known:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")
+    pairs = Pairs(q, g, scores, cross_camera=cross_camera, multi_query=multi_query)
+    num_query, valid = len(pairs.found), pairs.found > 0
+    draws = _SingleShot(pairs, ties) if single_gallery_shot else None
 
-    rank, last, matches, total = (np.zeros(len(q), np.int64) for _ in range(4))
-    precision = np.full(len(q), np.nan)
-    for rows, sim in similarity_blocks(q.feats, g.feats, kept):
-        slots = np.arange(max(1, counts[rows].max()))  # one that is empty where no query of the block has a match
-        same_pid = slots < counts[rows, None]
-        at = by_pid[np.where(same_pid, starts[rows, None] + slots, 0)]
-        same_camera = (camids[at] == q.camids[rows, None]) & (q.camids[rows, None] != -1)
-        hit = torch.from_numpy(same_pid & ~same_camera)
-        places = _places(order_keys(sim), torch.from_numpy(at), hit, torch.from_numpy(same_pid & same_camera)).numpy()
+    rank, last = np.zeros(num_query, np.int64), np.zeros(num_query, np.int64)
+    precision = np.full(num_query, np.nan)
+    junk = torch.from_numpy(pairs.junk)
+    for rows, sim in pairs.blocks():
+        at, match, away = pairs.of(rows)
+        matches, removed = (torch.from_numpy(np.where(which, at, -1)) for which in (match, away))
+        places = match_places(sim, matches, removed, junk, pessimistic=ties == "pessimistic").numpy()
+        with_match = np.flatnonzero(valid[rows])
+        found, places, at_query = pairs.found[rows][with_match], places[with_match], rows.start + with_match
+        rank[at_query] = places[:, 0]
+        last[at_query] = places[np.arange(len(places)), found - 1]
+        precision[at_query] = _average_precision(places, found, ap)
+        if draws:
+            draws.add(rows, sim, at, match)
 
-        matches[rows] = hit.sum(1).numpy()
-        total[rows] = len(kept) - (same_pid & same_camera).sum(1)
-        rows_with = np.flatnonzero(matches[rows])
-        found = matches[rows][rows_with]
-        rank[rows.start + rows_with] = places[rows_with, 0]
-        last[rows.start + rows_with] = places[rows_with, found - 1]
-        precision[rows.start + rows_with] = _average_precision(places[rows_with], found, ap)
-
-    valid = matches > 0
-    inp = np.full(len(q), np.nan)
-    inp[valid] = matches[valid] / last[valid]
+    inp = np.full(num_query, np.nan)
+    inp[valid] = pairs.found[valid] / last[valid]
     reached = np.bincount(np.minimum(rank[valid], MAX_RANK + 1), minlength=MAX_RANK + 2)[1 : MAX_RANK + 1]
+    chance = _chance(pairs.found[valid], (len(pairs.kept) - pairs.removed)[valid], ap)
+    words = ["multi query" if multi_query else "single query", "cross camera" if cross_camera else "any camera"]
     return Result(
-        cmc=np.cumsum(reached) / valid.sum(),
+        cmc=draws.cmc[valid].mean(0) if draws else np.cumsum(reached) / valid.sum(),
         mAP=float(precision[valid].mean()),
         mINP=float(inp[valid].mean()),
         per_query=PerQuery(rank, precision, inp),
         ap=ap,
         num_valid=int(valid.sum()),
-        num_query=len(q),
-        num_gallery=len(kept),
-        chance=_chance(matches[valid], total[valid], ap),
+        num_query=num_query,
+        num_gallery=len(pairs.kept),
+        chance=chance._replace(rank1=1 / len(draws.starts)) if draws else chance,
+        ties=ties,
+        protocol=", ".join([*words, *["single gallery shot"] * single_gallery_shot]),
     )
 
 
-def _places(keys: Tensor, at: Tensor, hit: Tensor, removed: Tensor) -> Tensor:
-    """Places (from 1, ascending, (B, P)) of the matches of each query among the items kept.
+class _SingleShot:
+    """The expected CMC of each query, `cmc` (Q,50), where one item of each person is drawn.
 
-    keys: (B, G), changed. at: (B, P) positions in the gallery, of which `hit` are matches and `removed` do not count.
-    The rest of each row of the result is arbitrary. Sorts only the matches: each gallery item is then counted, by
-    binary search, into the gap between two matches that it falls into.
+    Of the match that is drawn, the number of people ahead is a sum of independent draws of yes or no, one a person,
+    whose distribution is built up person by person (the Poisson binomial distribution); expectations of a query's
+    matches, each of them drawn as often as the others, are averaged.
     """
-    never = torch.iinfo(torch.int64).max
-    wanted = keys.gather(1, at).masked_fill_(~hit, never).sort(1).values
-    row, slot = removed.nonzero(as_tuple=True)
-    keys[row, at[row, slot]] = never
-    gap = torch.searchsorted(wanted, keys, right=True)
-    ahead = torch.zeros(len(keys), at.shape[1] + 1, dtype=torch.int64)
-    ahead.scatter_add_(1, gap, torch.ones(1, 1, dtype=torch.int64).expand_as(gap))
-    return ahead.cumsum(1)[:, :-1] + 1
+
+    def __init__(self, pairs: Pairs, ties: Ties) -> None:
+        self.columns, self.starts = pairs.by_person()
+        self.cmc = np.zeros((len(pairs.found), MAX_RANK))
+        self._found = pairs.found
+        self._pessimistic = ties == "pessimistic"
+        self._sizes = np.diff(self.starts, append=len(self.columns))
+        place = np.zeros(self.columns.max() + 1, np.int64)
+        place[self.columns] = np.repeat(np.arange(len(self.starts)), self._sizes)
+        self._person = place  # of each column
+
+    def add(self, rows: slice, sim: Tensor, at: np.ndarray, match: np.ndarray) -> None:
+        """Queries of a block: sim (B,C); at, match (B,P), as `Pairs.of` gives them."""
+        every, slots = match.nonzero()
+        step = max(1, _BLOCK // len(self.columns))
+        for start in range(0, len(every), step):
+            row = every[start : start + step]
+            column = at[row, slots[start : start + step]]
+            others = sim.numpy()[row[:, None], self.columns]
+            own = sim.numpy()[row, column][:, None]
+            ahead = others > own
+            ahead |= (others == own) & (self._pessimistic | (self.columns < column[:, None]))
+            share = np.add.reduceat(ahead, self.starts, axis=1, dtype=np.float64) / self._sizes
+            share[np.arange(len(row)), self._person[column]] = 0  # the match is what was drawn of its person
+            number = np.zeros((len(row), MAX_RANK))  # of people ahead: the chance of each, as far as it is asked for
+            number[:, 0] = 1
+            for likely in share.T[share.any(0)]:
+                moved = number * likely[:, None]
+                number -= moved
+                number[:, 1:] += moved[:, :-1]
+            query = rows.start + row
+            np.add.at(self.cmc, query, number.cumsum(1) / self._found[query, None])
 
 
 def _average_precision(places: np.ndarray, found: np.ndarray, ap: AveragePrecision) -> np.ndarray:
-    """(B,) from the ascending places (B, P), from 1, of `found` (B,) matches."""
+    """(B,) from the places (B, P) of `found` (B,) matches, as `match_places` gives them."""
     order = np.arange(places.shape[1])
+    places = np.maximum(places, 1)  # 0 where there is no match
     precision = (order + 1) / places
     if ap == "market":  # the mean of the precision at the match and just before it, which is 1 before the first place
         precision = (precision + np.where(places > 1, order / np.maximum(places - 1, 1), 1.0)) / 2
-    return np.where(order < found[:, None], precision, 0.0).sum(1) / found
+    # In the order of the places: a sum's last bits would depend on the width of the block.
+    return np.where(order < found[:, None], precision, 0.0).cumsum(1)[:, -1] / found
 
 
 def _chance(matches: np.ndarray, total: np.ndarray, ap: AveragePrecision) -> Chance:

@@ -86,7 +86,7 @@ def test_report_is_json_and_every_op_works():
     assert info["extension_error"] is None
     assert set(info["ops"]) == {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
     names = ["knn", "farthest_point_sample", "ball_query", "group_max", "edge_pool", "morton_order", "transpose_graph"]
-    names += ["rasterize", "gated_pool"]
+    names += ["rasterize", "gated_pool", "match_places"]
     assert all(results == dict.fromkeys(names, "ok") for results in info["ops"].values())
     assert "on cpu    ball_query: ok" in doctor.format_report(info).splitlines()
 
