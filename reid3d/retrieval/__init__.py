@@ -3,8 +3,9 @@
 from .calibrate import Calibration, Threshold, calibrate
 from .features import Features, extract
 from .metrics import Chance, PerQuery, Result, evaluate
+from .rerank import GalleryGraph, expand, rerank
 from .roc import ROC, roc
 from .search import Ranks, search
 
-__all__ = ["ROC", "Calibration", "Chance", "Features", "PerQuery", "Ranks", "Result", "Threshold"]
-__all__ += ["calibrate", "evaluate", "extract", "roc", "search"]
+__all__ = ["ROC", "Calibration", "Chance", "Features", "GalleryGraph", "PerQuery", "Ranks", "Result", "Threshold"]
+__all__ += ["calibrate", "evaluate", "expand", "extract", "rerank", "roc", "search"]
