@@ -18,7 +18,9 @@ _HOMES = {
     "Result": "reid3d.retrieval",
     "evaluate": "reid3d.retrieval",
     "extract": "reid3d.retrieval",
+    "rerank": "reid3d.retrieval",
     "search": "reid3d.retrieval",
+    "tlift": "reid3d.retrieval",
     "view": "reid3d.viewer",
     "convert": "reid3d.preprocess.convert",
     "synth": "reid3d.preprocess.synth",
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
     from .retrieval import Result as Result
     from .retrieval import evaluate as evaluate
     from .retrieval import extract as extract
+    from .retrieval import rerank as rerank
     from .retrieval import search as search
+    from .retrieval import tlift as tlift
     from .viewer import view as view
 
 __all__ = [*_HOMES, "ops"]  # noqa: PLE0604

@@ -19,8 +19,10 @@ PUBLIC = {
     "list_models",
     "open_dataset",
     "ops",
+    "rerank",
     "search",
     "synth",
+    "tlift",
     "view",
 }
 OPTIONAL = (
