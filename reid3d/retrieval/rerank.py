@@ -25,7 +25,7 @@ def rerank(
     weight: float = 0.3,
     distances: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Scores by how much the neighbourhoods of query and gallery item overlap among all items, (Q, G) float32 in [0, 1].
+    """Scores by how far the neighbourhoods of query and gallery item overlap, (Q, G) float32 in [0, 1].
 
     A score is (1 - weight) * s + weight * (1 - d): s the Jaccard similarity of the two k-reciprocal neighbourhoods,
     d the distance over the largest one from that query to any item. That is 1 - the final distance of the paper.
@@ -40,7 +40,7 @@ def rerank(
     the paper takes 2/3 itself too.
 
     No label is looked at: to compare with published figures leave junk out of g beforehand. Memory beyond inputs and
-    result: unit vectors of all items, about 1 KiB an item, and blocks of 2**22 values.
+    result: unit vectors of all items, about 1 KiB an item, and some blocks of 2**22 values.
 
     Raises: ValueError for k1 or k2 out of range, a weight outside [0, 1], dimensions or shapes that differ, and
         distances that are negative or not finite; TypeError for distances that are no float32 arrays.
@@ -140,7 +140,7 @@ class GalleryGraph:
 
 
 def expand(q: Features, g: Features, *, k: int = 5, alpha: float = 3.0) -> Features:
-    """The queries with features moved towards their k nearest gallery items: unit vectors along q + sum of s**alpha * g.
+    """The queries, moved towards their k nearest gallery items: to unit vectors along q + sum of s**alpha * g.
 
     q and g are unit vectors here, s their cosine similarity; an item of negative s adds nothing. All else of q stays.
 
@@ -234,7 +234,9 @@ class _Given:
             raise ValueError(f"distances must be three arrays, qq, qg and gg, got {len(distances)}")
         for (name, shape), array in zip(shapes.items(), distances, strict=True):
             if not isinstance(array, np.ndarray) or array.dtype != np.float32:
-                raise TypeError(f"distances: {name} must be a float32 array, got {getattr(array, 'dtype', type(array))}")
+                raise TypeError(
+                    f"distances: {name} must be a float32 array, got {getattr(array, 'dtype', type(array))}"
+                )
             if array.shape != shape:
                 raise ValueError(f"distances: {name} must have shape {shape}, got {array.shape}")
             low, high = (array.min(), array.max()) if array.size else (0, 0)
@@ -313,7 +315,7 @@ def _mutual(idx: Tensor, k1: int, rows: Tensor) -> Tensor:
 
 
 class _Sparse(NamedTuple):
-    """Rows of a matrix: the values that are not 0 and their columns, ascending, row r the `count[r]` from `start[r]`."""
+    """Rows of a matrix: values that are not 0 and their columns, ascending; row r is the `count[r]` from `start[r]`."""
 
     start: Tensor
     count: Tensor

@@ -1,4 +1,4 @@
-"""Temporal lifting: scores rise where those who were near the query in its camera are found near the item in its own."""
+"""Temporal lifting: who was near the query in its camera is likely to be near the right item in the item's camera."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Timed(Protocol):
 def clock_seconds(clock: Clock, *parts: Timed) -> list[np.ndarray]:
     """The times of each part in seconds, (N,) float64, by the clock of its data set.
 
-    "frames": 25 to a second; each session of Market's names is 40,000 seconds after the one before. For synthetic worlds.
+    "frames": 25 to a second, for synthetic worlds; sessions in Market's names are 40,000 seconds apart.
     "seconds": times are seconds already.
     "market-continuous": in each camera a session begins at the last frame of the one before, of all parts: the paper
     takes train, query and gallery.
-    "market-official": the same with the bug of the published code, which adds twice where the session before began. Only
-    the gaps between sessions grow.
+    "market-official": the same with the bug of the published code, which adds twice where the session before began:
+    only the gaps between sessions grow.
     "duke": cameras 1 to 8 begin at known frames of a common clock, 59.94 frames a second.
 
     A session without images lasts no time.

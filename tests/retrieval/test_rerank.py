@@ -103,7 +103,10 @@ def test_given_distances_that_tie(problem, k1, k2, weight):
     dist[queries:, :queries] = dist[:queries, queries:].T  # there is one block of query to gallery
     k2 = min(k2, k1 + 1)
     blocks = dist[:queries, :queries], dist[:queries, queries:], dist[queries:, queries:]
-    q, g = features(np.ones((queries, 2)), [1] * queries), features(np.ones((len(dist) - queries, 2)), dist[queries:, 0])
+    q, g = (
+        features(np.ones((queries, 2)), [1] * queries),
+        features(np.ones((len(dist) - queries, 2)), dist[queries:, 0]),
+    )
     scores = rerank(q, g, k1=k1, k2=k2, weight=weight, distances=blocks)
     np.testing.assert_allclose(scores, by_definition(dist, queries, k1, k2, weight), atol=1e-5)
 
