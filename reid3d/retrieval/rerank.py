@@ -64,11 +64,13 @@ def rerank(
 
 
 class GalleryGraph:
-    """What re-ranking knows of a gallery before a query comes: made once, then each query takes milliseconds.
+    """What re-ranking knows of a gallery before a query comes: made once, then a query takes milliseconds.
 
     `rerank(q)` re-ranks each query as if it alone had been added to the gallery: row i is `reid3d.rerank` of query i
-    and the gallery, whatever other queries there are. With features and parameters as there. It keeps unit vectors of
-    the gallery and about 2 KiB an item, and is not for several threads at once.
+    and the gallery, whatever other queries there are, with features and parameters as there. What the query changes is
+    computed again: the neighbourhoods of a few hundred items near it, and of those to whom nobody is as far as it is,
+    which are all where the query is like nobody. Keeps unit vectors of the gallery and about 2 KiB an item more; not
+    for several threads at once.
 
     Raises: ValueError for an empty gallery, and k1, k2, weight out of range.
     Source: as `reid3d.rerank`.
@@ -132,8 +134,8 @@ class GalleryGraph:
         averaged = _averaged(members, near.idx, self.k2, rows)
         shared = self._columns.shared(averaged, rows[:1])[0]  # the query is the first of rows
         query = torch.zeros(len(shared))
-        query[averaged.columns[: averaged.count[0]]] = averaged.values[: averaged.count[0]]
-        entry = torch.repeat_interleave(averaged.count)
+        query[averaged.columns[: averaged.size[0]]] = averaged.values[: averaged.size[0]]
+        entry = torch.repeat_interleave(averaged.size)
         overlap = torch.minimum(averaged.values, query[averaged.columns])
         shared[rows] = torch.zeros(len(rows)).index_add_(0, entry, overlap)
         return _scores(shared[None, 1:], direct[None, 1:], near.farthest[:1], self.weight)[0]
@@ -315,36 +317,37 @@ def _mutual(idx: Tensor, k1: int, rows: Tensor) -> Tensor:
 
 
 class _Sparse(NamedTuple):
-    """Rows of a matrix: values that are not 0 and their columns, ascending; row r is the `count[r]` from `start[r]`."""
+    """Rows of a matrix: values that are not 0 and their columns, ascending; row r is the `size[r]` from `start[r]`."""
 
     start: Tensor
-    count: Tensor
+    size: Tensor
     columns: Tensor
     values: Tensor
 
     @classmethod
-    def of(cls, count: Tensor, columns: Tensor, values: Tensor) -> _Sparse:
-        return cls(count.cumsum(0) - count, count, columns, values)
+    def of(cls, size: Tensor, columns: Tensor, values: Tensor) -> _Sparse:
+        return cls(size.cumsum(0) - size, size, columns, values)
 
     def entries(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(E,), (E,): where the entries of these rows are, and the position in `rows` that each belongs to."""
-        of = torch.repeat_interleave(self.count[rows])
-        before = self.count[rows].cumsum(0) - self.count[rows]
+        of = torch.repeat_interleave(self.size[rows])
+        before = self.size[rows].cumsum(0) - self.size[rows]
         return torch.arange(len(of)) + (self.start[rows] - before)[of], of
 
     def replaced(self, rows: Tensor, new: _Sparse) -> _Sparse:
         """With `new` in place of these rows."""
-        start, count = self.start.clone(), self.count.clone()
-        start[rows], count[rows] = new.start + len(self.columns), new.count
-        return _Sparse(start, count, torch.cat([self.columns, new.columns]), torch.cat([self.values, new.values]))
+        start, size = self.start.clone(), self.size.clone()
+        start[rows], size[rows] = new.start + len(self.columns), new.size
+        return _Sparse(start, size, torch.cat([self.columns, new.columns]), torch.cat([self.values, new.values]))
 
 
 def _memberships(items: _Items, near: _Near, mutual: Tensor, rows: Tensor) -> _Sparse:
     """How much each item belongs to the expanded k-reciprocal neighbourhoods of these rows; a row sums to 1."""
     (n, k), half = near.idx.shape, mutual.shape[1]
     counts, columns, distances = [], [], []
-    marks = torch.zeros(min(len(rows), max(_LEAST_ROWS, _BLOCK // n)), n, dtype=torch.bool)
-    for part in _blocks(len(rows), n):
+    parts = list(_blocks(len(rows), max(n, k * k)))
+    marks = torch.zeros(parts[0].stop, n, dtype=torch.bool)
+    for part in parts:
         row = rows[part]
         forward, mark = near.idx[row], marks[: len(row)]
         is_mutual = (near.idx[forward] == row[:, None, None]).any(2)
@@ -377,7 +380,7 @@ def _averaged(members: _Sparse, idx: Tensor, k2: int, rows: Tensor) -> _Sparse:
     """Of these rows, the mean of the memberships of the nearest k2."""
     if k2 == 1:
         at, _ = members.entries(rows)
-        return _Sparse.of(members.count[rows], members.columns[at], members.values[at])
+        return _Sparse.of(members.size[rows], members.columns[at], members.values[at])
     n, k2 = len(idx), min(k2, idx.shape[1])
     counts, columns, values = [], [], []
     for part in _blocks(len(rows), 32 * k2):  # a neighbourhood has some 30 members
@@ -394,7 +397,7 @@ class _Columns:
 
     def __init__(self, members: _Sparse, rows: Tensor) -> None:
         at, of = members.entries(rows)
-        self.n = len(members.count)
+        self.n = len(members.size)
         columns, order = members.columns[at].sort(stable=True)
         # Of column c: the rows and their values in it.
         self.by = _Sparse.of(torch.bincount(columns, minlength=self.n), rows[of[order]], members.values[at[order]])
@@ -402,10 +405,13 @@ class _Columns:
     def shared(self, members: _Sparse, queries: Tensor) -> Tensor:
         """(len(queries), N) sums over all columns of the smaller value of query and item, 0 for other rows."""
         at, of = members.entries(queries)
-        found, entry = self.by.entries(members.columns[at])
-        smaller = torch.minimum(members.values[at[entry]], self.by.values[found])
-        cell = of[entry] * self.n + self.by.columns[found]
-        return torch.zeros(len(queries) * self.n).index_add_(0, cell, smaller).view(len(queries), self.n)
+        out = torch.zeros(len(queries) * self.n)
+        pieces = torch.bincount(self.by.size[members.columns[at]].cumsum(0) // _BLOCK).tolist()
+        for mine, query in zip(at.split(pieces), of.split(pieces), strict=True):
+            theirs, entry = self.by.entries(members.columns[mine])
+            smaller = torch.minimum(members.values[mine[entry]], self.by.values[theirs])
+            out.index_add_(0, query[entry] * self.n + self.by.columns[theirs], smaller)
+        return out.view(len(queries), self.n)
 
 
 def _scores(shared: Tensor, direct: Tensor, farthest: Tensor, weight: float) -> Tensor:
