@@ -117,6 +117,25 @@ def test_published_figures_of_bodies():
     assert upright + 0.05 < fitted < true
 
 
+def test_published_figures_of_re_ranking():
+    data = json.loads((RESULTS / "rerank-cpu.json").read_text())
+    check_origin(data)
+    cases = data["cases"]
+    assert data["suite"] == "rerank" and data["environment"]["threads"] == 2
+    assert set(cases) == {"market", "msmt17", "single", "expand", "tlift", "torchreid"}
+    sizes = {"market": (3368, 19732), "msmt17": (11659, 82161), "tlift": (2228, 17661), "torchreid": (1000, 5000)}
+    for name, size in sizes.items():
+        assert (cases[name]["queries"], cases[name]["gallery"]) == size
+    for name, case in cases.items():
+        assert not case["commit"].endswith("-dirty"), name
+    for name in ("market", "msmt17", "expand", "tlift"):
+        assert 0 < min(cases[name]["all"]) <= cases[name]["seconds"] and min(cases[name]["cpu_seconds"]) > 0
+    # What docs/retrieval.md and the issue promise.
+    assert cases["market"]["peak_mib"] <= 1024 and cases["msmt17"]["peak_mib"] <= 12 * 1024
+    assert cases["tlift"]["peak_mib"] < 500
+    assert cases["torchreid"]["farthest_apart"] <= 1e-5 and cases["single"]["farthest_from_rerank"] <= 1e-5
+
+
 def test_a_short_run(device, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "SIZES", SMALL)
     monkeypatch.setattr(timing, "ROUNDS", 3)

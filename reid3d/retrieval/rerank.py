@@ -14,6 +14,7 @@ from .features import Features
 from .search import _LEAST_ROWS, _unit, search
 
 _BLOCK = 2**22  # distances, or entries of what is computed from them, held at once
+_TILE = 2**11  # items whose distances from as many others are one matrix product: wider ones miss the cache
 
 
 def rerank(
@@ -111,7 +112,7 @@ class GalleryGraph:
 
     def _with_query(self) -> Tensor:
         """(G,) scores: all that the query changes is computed again, the rest is kept."""
-        direct = (self._items.rows(slice(0, 1))[0] + self._items.beyond).clamp_(min=0)
+        direct = (1 + self._items.block(slice(0, _LEAST_ROWS), slice(None))[0]).clamp_(min=0)
         near = _Near(self._near.idx.clone(), self._near.distance.clone(), torch.maximum(self._near.farthest, direct))
         near.farthest[0] = direct.max()
         new = direct <= near.distance[:, -1]  # whose neighbour it becomes; it comes before who is as far
@@ -183,8 +184,8 @@ class _Items(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, rows: slice) -> Tensor:
-        """(len(rows), N): theirs from all, less `beyond`: a pass over all pairs is saved."""
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """(rows, columns, distances less `beyond`), row by row: a pass over all pairs is saved."""
 
     def pairs(self, a: Tensor, b: Tensor) -> Tensor:
         """(P,): those of a[i] and b[i]."""
@@ -201,10 +202,16 @@ class _Vectors:
     def __len__(self) -> int:
         return len(self.unit)
 
-    def rows(self, rows: slice) -> Tensor:
-        start = max(0, min(rows.start, len(self) - _LEAST_ROWS))
-        block = -self.unit[start : max(rows.stop, start + _LEAST_ROWS)] @ self.unit.T
-        return block[rows.start - start : rows.stop - start]
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        # Of almost one size: a last product of a row or two may round otherwise, and equal items would differ.
+        ends = np.linspace(0, len(self), -(-len(self) // _TILE) + 1).astype(int).tolist()
+        tiles = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+        for rows in tiles:
+            for columns in tiles:
+                yield rows, columns, self.block(rows, columns)
+
+    def block(self, rows: slice, columns: slice) -> Tensor:
+        return -self.unit[rows] @ self.unit[columns].T
 
     def pairs(self, a: Tensor, b: Tensor) -> Tensor:
         out = torch.empty(len(a))
@@ -249,14 +256,15 @@ class _Given:
     def __len__(self) -> int:
         return len(self.qq) + len(self.gg)
 
-    def rows(self, rows: slice) -> Tensor:
-        q = len(self.qq)
-        of_q, of_g = slice(rows.start, min(rows.stop, q)), slice(max(rows.start - q, 0), max(rows.stop - q, 0))
-        block = torch.empty(rows.stop - rows.start, len(self))
-        first = max(of_q.stop - of_q.start, 0)
-        block[:first, :q], block[:first, q:] = self.qq[:, of_q].T, self.qg[of_q]
-        block[first:, :q], block[first:, q:] = self.qg[:, of_g].T, self.gg[:, of_g].T
-        return block
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        q, n = len(self.qq), len(self)
+        for rows in _blocks(n, n):
+            of_q, of_g = slice(rows.start, min(rows.stop, q)), slice(max(rows.start - q, 0), max(rows.stop - q, 0))
+            first = max(of_q.stop - of_q.start, 0)
+            block = torch.empty(rows.stop - rows.start, n)
+            block[:first, :q], block[:first, q:] = self.qq[:, of_q].T, self.qg[of_q]
+            block[first:, :q], block[first:, q:] = self.qg[:, of_g].T, self.gg[:, of_g].T
+            yield rows, slice(0, n), block
 
     def pairs(self, a: Tensor, b: Tensor) -> Tensor:
         q = len(self.qq)
@@ -284,13 +292,21 @@ def _neighbours(items: _Items, k: int, direct: np.ndarray | None = None) -> _Nea
     """Of all items, themselves among them. direct (Q, G) receives the distances of the first Q from the last G."""
     n, q = len(items), 0 if direct is None else len(direct)
     k = min(k, n)
-    near = _Near(torch.empty(n, k, dtype=torch.int64), torch.empty(n, k), torch.empty(n))
-    for rows in _blocks(n, n):
-        block = items.rows(rows)
-        near.distance[rows], near.idx[rows] = _smallest(block, k)
-        near.farthest[rows] = block.amax(1)
-        if direct is not None and rows.start < q:
-            direct[rows] = (block[: q - rows.start, q:] + items.beyond).clamp_(min=0).numpy()
+    near = _Near(torch.empty(n, k, dtype=torch.int64), torch.empty(n, k), torch.full((n,), -torch.inf))
+    nearest: list[tuple[Tensor, Tensor]] = []
+    for rows, columns, block in items.blocks():
+        distance, idx = _smallest(block, min(k, block.shape[1]))
+        nearest.append((distance, idx + columns.start))
+        torch.maximum(near.farthest[rows], block.amax(1), out=near.farthest[rows])
+        if columns.stop == n:
+            distance, idx = (torch.cat(found, 1) for found in zip(*nearest, strict=True))
+            near.distance[rows], slot = _smallest(distance, k)  # slots are in the order of ties
+            near.idx[rows] = idx.gather(1, slot)
+            nearest = []
+        if direct is not None and rows.start < q and columns.stop > q:
+            start = max(q - columns.start, 0)
+            values = block[: q - rows.start, start:] + items.beyond
+            direct[rows, columns.start + start - q : columns.stop - q] = values.clamp_(min=0).numpy()
     for distances in (near.distance, near.farthest):
         distances.add_(items.beyond).clamp_(min=0)
     return near

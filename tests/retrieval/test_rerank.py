@@ -61,12 +61,13 @@ def people(seed: int, queries: int, gallery: int, dims: int = 16) -> tuple[Featu
     return features(feats[:queries], pids[:queries]), features(feats[queries:], pids[queries:])
 
 
-@pytest.mark.parametrize("block", [2**22, 3000])
+@pytest.mark.parametrize(("block", "tile"), [(2**22, 2**11), (3000, 16)])
 @pytest.mark.parametrize(
     ("k1", "k2", "weight"), [(20, 6, 0.3), (7, 3, 0.5), (5, 1, 0.0), (1, 2, 1.0), (1, 1, 0.3), (200, 201, 0.1)]
 )
-def test_against_the_definition(k1, k2, weight, block, monkeypatch):
+def test_against_the_definition(k1, k2, weight, block, tile, monkeypatch):
     monkeypatch.setattr(import_module("reid3d.retrieval.rerank"), "_BLOCK", block)
+    monkeypatch.setattr(import_module("reid3d.retrieval.rerank"), "_TILE", tile)
     q, g = people(k1, 13, 58)
     scores = rerank(q, g, k1=k1, k2=k2, weight=weight)
     assert scores.shape == (13, 58) and scores.dtype == np.float32
@@ -120,9 +121,14 @@ def test_distances_of_the_features_give_what_the_features_give():
 
 
 def test_blocks_change_nothing(monkeypatch):
-    q, g = people(6, 37, 300)
+    """Not even where items are equal, and more of them than there are neighbours."""
+    q, g = people(6, 17, 180)
+    g.feats[10:170:6] = g.feats[1]
+    q.feats[::5] = g.feats[1]
     whole = rerank(q, g)
+    np.testing.assert_allclose(whole, by_definition(squared(q, g).round(12), 17, 20, 6, 0.3), atol=1e-5)
     monkeypatch.setattr(import_module("reid3d.retrieval.rerank"), "_BLOCK", 5000)
+    monkeypatch.setattr(import_module("reid3d.retrieval.rerank"), "_TILE", 50)
     np.testing.assert_allclose(rerank(q, g), whole, atol=1e-6)
 
 
