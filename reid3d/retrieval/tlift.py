@@ -119,10 +119,11 @@ def tlift(
         raise ValueError(f"alpha must be at least 0 and finite, got {alpha}")
     _check_cameras(q)
     _check_cameras(g)
-    q_times, g_times = clock_seconds("frames", q, g) if seconds is None else seconds
+    given = clock_seconds("frames", q, g) if seconds is None else seconds
+    q_times, g_times = (np.asarray(times, np.float64) for times in given)
     for name, times, n in (("q", q_times, len(q)), ("g", g_times, len(g))):
-        if np.shape(times) != (n,) or not np.isfinite(times).all():
-            raise ValueError(f"seconds of {name} must be ({n},) finite numbers, got shape {np.shape(times)}")
+        if times.shape != (n,) or not np.isfinite(times).all():
+            raise ValueError(f"seconds of {name} must be ({n},) finite numbers, got shape {times.shape}")
     if scores is None:
         out = scores = _cosine(q, g)
     else:

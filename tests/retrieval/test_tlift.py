@@ -152,7 +152,7 @@ def test_the_other_clocks():
 def test_seconds_of_any_kind():
     q, g = seen([1, 1], [0, 0]), seen([2, 2], [0, 0])
     scores = np.array([[0.5, 0.5], [0.9, 0.1]], np.float32)
-    seconds = np.array([5.25, 6.5]), np.array([-3.5, 1e5])
+    seconds = [5.25, 6.5], np.array([-3.5, 1e5])
     wanted = by_definition(q, g, scores, seconds, 2, 3, 1, 0.2)
     np.testing.assert_allclose(tlift(q, g, scores, seconds=seconds, tau=2, sigma=3, k=1), wanted, atol=1e-6)
 
