@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import validate_protocol
 from ..io import atomic_write
 from .features import Features
-from .search import similarity_blocks
+from .pairs import Pairs
 
 FORMAT = "reid3d-calibration-1"
 LEAST_FALSE = 30  # pairs: fewer tell a rate to no better than a third of it
@@ -122,39 +121,38 @@ def calibrate(q: Features, g: Features, fmr: Sequence[float] = (1e-2, 1e-3), *, 
 
     Time is twice that of `evaluate`; memory beyond its own is 24 bytes a false match at the highest rate.
 
-    Raises: ValueError when no query has a match, for no rates or rates outside (0, 1), or a rate that would rest on
-        fewer than 30 false matches, fewer than 10 people, or features of two models.
+    Raises: as `evaluate`; ValueError for no rates or rates outside (0, 1), a rate that would rest on fewer than 30
+        false matches, and fewer than 10 people.
     Source: Bolle, Ratha, Pankanti, "Error analysis of pattern recognition systems - the subsets bootstrap", CVIU 2004;
         for the least number Doddington et al., "The NIST speaker recognition evaluation", Speech Communication 2000.
     """
     rates = sorted(set(map(float, fmr)), reverse=True)
     if not rates or not all(0 < rate < 1 for rate in rates):
         raise ValueError(f"fmr must hold rates above 0 and below 1, got {list(fmr)}")
-    if q.made_by and g.made_by and q.made_by != g.made_by:
-        raise ValueError(f"q and g must be features of one model, got those of {q.made_by} and {g.made_by}")
-    validate_protocol(q, g)
-    queries, kept = np.flatnonzero(q.pids > 0), np.flatnonzero(g.pids != -1)
-    people = np.union1d(q.pids[queries], g.pids[kept])
+    pairs = Pairs(q, g)
+    pids = g.pids[pairs.kept]
+    people = np.union1d(q.pids, pids)
     people = people[people > 0]
-    places = np.searchsorted(people, q.pids[queries]), np.searchsorted(people, g.pids[kept])
-    places[1][g.pids[kept] == 0] = len(people)
-    n_query, n_gallery = (np.bincount(place, minlength=len(people) + 1).astype(np.float64) for place in places)
-    a, b = map(torch.from_numpy, places)
-    cams = [torch.from_numpy(side.camids[rows]) for side, rows in ((q, queries), (g, kept))]
-
-    def blocks() -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Rows, steps (B, G), which pairs are of one person and count, and which of different people."""
-        for rows, sim in similarity_blocks(q.feats[queries], g.feats, kept):
-            one = a[rows, None] == b
-            same_camera = (cams[0][rows, None] == cams[1]) & (cams[1] != -1)
-            yield rows, ((sim + 1) * (_STEPS / 2)).int().clamp_(max=_STEPS - 1), one & ~same_camera, ~one
-
-    counts = torch.zeros(_STEPS, dtype=torch.int64)
-    for _, step, _, other in blocks():
-        counts += torch.bincount(step[other], minlength=_STEPS)
-    different = int(counts.sum())
     if len(people) < LEAST_PEOPLE:
         raise ValueError(f"at least {LEAST_PEOPLE} people are needed for intervals, got {len(people)}")
+    a, b = _places(people, q.pids), _places(people, pids)
+
+    def blocks() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """People of the queries (B,), steps (B, G), which pairs are of different people; row and column of matches."""
+        for rows, sim in pairs.blocks():
+            at, match, away = pairs.of(rows)
+            match &= q.pids[rows, None] > 0
+            other = torch.from_numpy(q.pids[rows] > 0).unsqueeze(1).repeat(1, sim.shape[1])
+            row, slot = (match | away).nonzero()
+            other[row, at[row, slot]] = False
+            row, slot = match.nonzero()
+            step = ((sim + 1) * (_STEPS / 2)).int().clamp_(max=_STEPS - 1)
+            yield a[rows], step, other, torch.from_numpy(row), torch.from_numpy(at[row, slot])
+
+    counts = torch.zeros(_STEPS, dtype=torch.int64)
+    for _, step, other, *_ in blocks():
+        counts += torch.bincount(step[other], minlength=_STEPS)
+    different = int(counts.sum())
     if different * rates[-1] < LEAST_FALSE:
         raise ValueError(
             f"fmr must be at least {LEAST_FALSE} of the {different:,} pairs of different people, got {rates[-1]:g}"
@@ -163,45 +161,42 @@ def calibrate(q: Features, g: Features, fmr: Sequence[float] = (1e-2, 1e-3), *, 
     limits = [int((above > rate * different).sum()) for rate in rates]
     if limits[-1] == _STEPS:
         raise ValueError(
-            f"more than {rates[-1]:g} of the pairs of different people have the similarity 1: no threshold"
+            f"no threshold can be found: more than {rates[-1]:g} of the pairs of different people are alike"
         )
 
-    # Matches of each person at or above each limit, and in the last row all.
-    matches = torch.zeros(len(rates) + 1, len(people) + 1, dtype=torch.float64)
-    false: list[tuple[Tensor, Tensor, Tensor]] = []
-    for rows, step, same, other in blocks():
-        row, column = (other & (step >= limits[0])).nonzero(as_tuple=True)
-        false.append((a[rows][row], b[column], step[row, column]))
-        row, column = same.nonzero(as_tuple=True)
+    matches = torch.zeros(len(rates) + 1, len(people) + 1, dtype=torch.float64)  # of each person; the last row: all
+    false = []
+    for who, step, other, row, column in blocks():
         for n, limit in enumerate([*limits, 0]):
-            matches[n].index_add_(0, a[rows][row], (step[row, column] >= limit).double())
-    of, to, step = map(torch.cat, zip(*false, strict=True))
+            matches[n].index_add_(0, who[row], (step[row, column] >= limit).double())
+        row, column = (other & (step >= limits[0])).nonzero(as_tuple=True)
+        false.append(torch.stack((who[row], b[column], step[row, column])))
+    ends = torch.cat(false, dim=1)
 
-    draws = np.ones(
-        (_RESAMPLES + 1, len(people) + 1)
-    )  # how often each person is in it; the first draw is everybody once
-    draws[1:, :-1] = np.random.default_rng(seed).multinomial(
-        len(people), np.full(len(people), 1 / len(people)), _RESAMPLES
-    )
-    weights = torch.from_numpy(draws)
-    pairs = draws @ n_query * (draws @ n_gallery) - draws**2 @ (n_query * n_gallery)
+    # How often each person is in each draw; the first one is everybody once. Distractors always are.
+    draws = torch.ones(_RESAMPLES + 1, len(people) + 1, dtype=torch.float64)
+    anew = np.random.default_rng(seed).multinomial(len(people), np.full(len(people), 1 / len(people)), _RESAMPLES)
+    draws[1:, :-1] = torch.from_numpy(anew)
+    of_q, of_g = (torch.bincount(place, minlength=len(people) + 1).double() for place in (a, b))
+    of_q[-1] = 0
+    total = draws @ of_q * (draws @ of_g) - draws.square() @ (of_q * of_g)
     thresholds = []
-    for n, (rate, limit) in enumerate(zip(rates, limits, strict=True)):
-        at = torch.stack((of, to))[:, step >= limit]
-        found = torch.sparse_coo_tensor(
-            at, torch.ones(at.shape[1]).double(), (len(people) + 1,) * 2, check_invariants=True
-        )
-        parts = [(part.T * (found @ part.T)).sum(0) for part in weights.split(_AT_ONCE)]
-        false_match = torch.cat(parts).numpy() / pairs
-        with np.errstate(invalid="ignore"):  # a draw of people without matches tells nothing
-            match = draws @ matches[n].numpy() / (draws @ matches[-1].numpy())
-        intervals = [_middle(shares[1:]) for shares in (false_match, match)]
-        measured = float(false_match[0]), intervals[0], float(match[0]), intervals[1]
-        thresholds.append(Threshold(rate, 2 * limit / _STEPS - 1, *measured))
+    for rate, limit, matched in zip(rates, limits, matches, strict=False):
+        pair = ends[:2, ends[2] >= limit]
+        ones = torch.ones(pair.shape[1], dtype=torch.float64)
+        table = torch.sparse_coo_tensor(pair, ones, (len(people) + 1,) * 2, check_invariants=True)
+        found = torch.cat([(part.T * (table @ part.T)).sum(0) for part in draws.split(_AT_ONCE)])
+        measured = [_with_interval(share) for share in (found / total, draws @ matched / (draws @ matches[-1]))]
+        thresholds.append(Threshold(rate, 2 * limit / _STEPS - 1, *measured[0], *measured[1]))
     return Calibration(tuple(thresholds), len(people), int(matches[-1].sum()), different, g.made_by, q.source)
 
 
-def _middle(shares: np.ndarray) -> tuple[float, float]:
-    """95 % of them."""
-    low, high = np.nanquantile(shares, (0.025, 0.975))
-    return float(low), float(high)
+def _places(people: np.ndarray, pids: np.ndarray) -> Tensor:
+    """Of each pid its place among the people, and behind them for those that are nobody's."""
+    return torch.from_numpy(np.where(pids > 0, np.searchsorted(people, pids), len(people)))
+
+
+def _with_interval(shares: Tensor) -> tuple[float, tuple[float, float]]:
+    """The first, and 95 % of the others; a draw of people without a match has none."""
+    low, high = np.nanquantile(shares[1:].numpy(), (0.025, 0.975))
+    return float(shares[0]), (float(low), float(high))

@@ -7,10 +7,11 @@ from importlib import import_module
 import numpy as np
 import pytest
 
-from reid3d.retrieval import calibrate as module
-from reid3d.retrieval.calibrate import Calibration, calibrate
+from reid3d.retrieval import Calibration, calibrate
 
 from .test_metrics import features
+
+MODULE = import_module("reid3d.retrieval.calibrate")
 
 
 def crowd(seed, people=14, queries=40, gallery=160, spread=1.0):
@@ -57,8 +58,8 @@ def test_against_all_pairs(seed):
 
 
 def test_intervals_are_those_of_people_drawn_anew(monkeypatch):
-    monkeypatch.setattr(module, "_RESAMPLES", 60)
-    monkeypatch.setattr(module, "_AT_ONCE", 7)
+    monkeypatch.setattr(MODULE, "_RESAMPLES", 60)
+    monkeypatch.setattr(MODULE, "_AT_ONCE", 7)
     q, g = crowd(5, people=12, queries=30, gallery=60)
     found = calibrate(q, g, (0.2,), seed=3)
     at = found.thresholds[0].similarity
@@ -135,9 +136,12 @@ def test_the_file(tmp_path):
             lambda q, g: (replace(q, made_by="a"), replace(g, made_by="b"), (0.1,)),
             "q and g must be features of one model",
         ),
-        (lambda q, g: (q, replace(g, pids=np.full_like(g.pids, -1)), (0.1,)), "have no match"),
+        (lambda q, g: (q, replace(g, pids=np.full_like(g.pids, -1)), (0.1,)), "gallery must not be all junk"),
         (lambda q, g: (*(replace(s, pids=s.pids % 3) for s in (q, g)), (0.1,)), "at least 10 people are needed"),
-        (lambda q, g: (*(replace(s, feats=np.ones_like(s.feats)) for s in (q, g)), (0.1,)), "have the similarity 1"),
+        (
+            lambda q, g: (*(replace(s, feats=np.ones_like(s.feats)) for s in (q, g)), (0.1,)),
+            "no threshold can be found",
+        ),
     ],
 )
 def test_errors(change, said):
