@@ -103,7 +103,7 @@ def case(name: str, rounds: int, peer: Path | None) -> dict[str, Any]:
             "cpu_seconds": cpu,
             "farthest_from_rerank": float(np.abs(graph.rerank(one[0]) - alone).max()),
         }
-    assert peer is not None, "--torchreid says where it is"
+    assert peer is not None  # see main
     spec = importlib.util.spec_from_file_location("peer", next(peer.glob("**/utils/rerank.py")))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("--torchreid", type=Path, metavar="FOLDER")
     parser.add_argument("--here", action="store_true", help="one case, in this process, to the output")
     args = parser.parse_args()
+    if "torchreid" in args.cases and args.torchreid is None:
+        parser.error("--torchreid must say where torchreid is, or --cases leave it out")
     torch.set_num_threads(args.threads)
     if args.here:
         print(json.dumps(case(args.cases[0], args.rounds, args.torchreid)))
