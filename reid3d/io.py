@@ -225,7 +225,7 @@ def write_shard(
     if path.exists():  # first, so that new points never stand beside an old manifest
         manifest.unlink(missing_ok=True)
     with atomic_write(path) as file:
-        _write_safetensors(file, tensors, metadata)
+        write_safetensors(file, tensors, metadata)
     with atomic_write(manifest) as file:
         file.writelines(lines)
 
@@ -256,8 +256,11 @@ def library_version(name: str) -> str:
         return "unknown"
 
 
-def _write_safetensors(file: IO[bytes], tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """safetensors' own writer shuffles the metadata, and the same clouds must give the same bytes."""
+def write_safetensors(file: IO[bytes], tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write arrays one after the other, in their order, with no copy of those that are contiguous.
+
+    safetensors' own writer shuffles the metadata, and the same clouds must give the same bytes.
+    """
     kinds = {"float16": "F16", "float32": "F32", "uint8": "U8", "int32": "I32", "int64": "I64"}
     header: dict[str, Any] = {"__metadata__": metadata}
     start = 0

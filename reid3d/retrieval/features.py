@@ -8,28 +8,30 @@ strings.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.transforms import EvalTransform
-from ..io import atomic_write
+from ..io import atomic_write, write_safetensors
 from ..progress import Progress
 
 if TYPE_CHECKING:
     from ..data import CloudSplit
 
 FORMAT = "reid3d-features-1"
+_BLOCK = 2**20  # values looked at or written at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,9 @@ class Features:
     pids, camids: (N,) int64; pid -1 junk or unknown, 0 distractor; camid -1 unknown.
     names: N image names. times: (N,) int64, or None. source: folder of the clouds. split: name of the split there.
     made_by: the same for all features of the same weights, points and scales; "" unknown.
+
+    feats may be a `np.memmap`, of a file larger than memory too. Its values are not looked at here, but by `search` and
+    `evaluate` as they read them.
 
     Raises: TypeError for anything but NumPy arrays of these dtypes; ValueError for other shapes or non-finite values.
     """
@@ -63,8 +68,11 @@ class Features:
             if array.ndim != ndim or len(array) != n:
                 shape = "(N,)" if ndim == 1 else "(N, D)"
                 raise ValueError(f"{name} must have shape {shape} with N = {n} names, got {array.shape}")
-        if bad := np.flatnonzero(~np.isfinite(self.feats).all(axis=1)).tolist():
-            raise ValueError(f"feats must be finite, got NaN or infinity for {len(bad)} of {n}: {self.names[bad[0]]}")
+        if not isinstance(self.feats, np.memmap):
+            bad = [rows.start + i for rows in _blocks(self.feats) for i in _not_finite(self.feats[rows])]
+            if bad:
+                text = f"feats must be finite, got NaN or infinity for {len(bad)} of {n}: {self.names[bad[0]]}"
+                raise ValueError(text)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -72,17 +80,21 @@ class Features:
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all; equal features give equal bytes. Raises: OSError naming the file."""
         words = {"names": self.names, "source": self.source, "split": self.split, "made_by": self.made_by}
-        text = json.dumps(words).encode()
-        tensors = {"feats": self.feats, "pids": self.pids, "camids": self.camids, "text": np.frombuffer(text, np.uint8)}
+        tensors = {"feats": self.feats, "pids": self.pids, "camids": self.camids}
         if self.times is not None:
             tensors["times"] = self.times
-        contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        tensors = dict(sorted(tensors.items(), key=lambda pair: -pair[1].itemsize))  # each at a multiple of its size
+        tensors["text"] = np.frombuffer(json.dumps(words).encode(), np.uint8)
         with atomic_write(path) as file:
-            file.write(save(contiguous, {"format": FORMAT}))
+            write_safetensors(file, tensors, {"format": FORMAT})
 
     @classmethod
-    def load(cls, path: str | Path) -> Features:
-        """Read what `save` wrote. Raises: FileNotFoundError; ValueError when it is another or a damaged file."""
+    def load(cls, path: str | Path, *, mmap: bool = False) -> Features:
+        """Read what `save` wrote. mmap: leave feats in the file, as a read-only `np.memmap`, to search a gallery larger
+        than memory; `save` replaces a file as a whole, so that a map of it stays as it was.
+
+        Raises: FileNotFoundError; ValueError when it is another or a damaged file.
+        """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no such feature file: {path}")
         try:
@@ -90,10 +102,105 @@ class Features:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file.keys() if not (mmap and name == "feats")}
+            if mmap:
+                tensors["feats"] = _mapped(path)
             return cls(**json.loads(tensors.pop("text").tobytes()), **tensors)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a reid3d feature file: {error}") from error
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> Features:
+        """These of the features alone, in this order."""
+        rows = np.asarray(rows, np.int64)
+        return replace(
+            self,
+            feats=self.feats[rows],
+            pids=self.pids[rows],
+            camids=self.camids[rows],
+            names=[self.names[i] for i in rows.tolist()],
+            times=None if self.times is None else self.times[rows],
+        )
+
+    def export(self, path: str | Path) -> list[Path]:
+        """Write the features for other tools, a block at a time; returns the files.
+
+        NAME.npy is the array feats, and NAME.csv beside it has a line name,pid,camid,time for each of its rows.
+        NAME.parquet is one table with the columns id (the row), name, pid, camid, time and vector, a list of D float32,
+        and with made_by, source and split as its metadata. A time is empty, or null, where times are not known.
+
+        Raises: ValueError for another ending, or a memory map with NaN or infinity; ImportError for .parquet without
+            pyarrow; OSError naming the file.
+        """
+        path = Path(path)
+        if path.suffix == ".npy":
+            table = path.with_suffix(".csv")
+            with atomic_write(path) as file, atomic_write(table) as lines:
+                header = {"descr": "<f4", "fortran_order": False, "shape": self.feats.shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                text = io.TextIOWrapper(lines, "utf-8", errors="surrogateescape", newline="", write_through=True)
+                rows = csv.writer(text, lineterminator="\n")
+                rows.writerow(["name", "pid", "camid", "time"])
+                for block in _blocks(self.feats):
+                    file.write(self._finite(block).astype("<f4", order="C", copy=False).data)
+                    times = [""] * len(self.pids[block]) if self.times is None else self.times[block].tolist()
+                    pids, camids = self.pids[block].tolist(), self.camids[block].tolist()
+                    rows.writerows(zip(self.names[block], pids, camids, times, strict=True))
+                text.detach()
+            return [path, table]
+        if path.suffix != ".parquet":
+            raise ValueError(f"path must end in .npy or .parquet, got {path}")
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("a .parquet file needs pyarrow: pip install pyarrow") from error
+        integers = [pa.field(name, pa.int64()) for name in ("pid", "camid", "time")]
+        fields = [pa.field("id", pa.int64()), pa.field("name", pa.string()), *integers]
+        words = {"made_by": self.made_by, "source": self.source, "split": self.split}
+        schema = pa.schema([*fields, pa.field("vector", pa.list_(pa.float32()))], metadata=words)
+        with atomic_write(path) as file, pq.ParquetWriter(file, schema) as writer:
+            for block in _blocks(self.feats):
+                part = self._finite(block)
+                count = len(part)
+                ends = np.arange(0, part.size + 1, max(1, part.shape[1]), dtype=np.int32)[: count + 1]
+                columns = [
+                    pa.array(np.arange(block.start, block.start + count)),
+                    pa.array([name.encode("utf-8", "replace").decode() for name in self.names[block]], pa.string()),
+                    pa.array(self.pids[block]),
+                    pa.array(self.camids[block]),
+                    pa.nulls(count, pa.int64()) if self.times is None else pa.array(self.times[block]),
+                    pa.ListArray.from_arrays(pa.array(ends), pa.array(part.reshape(-1))),
+                ]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        return [path]
+
+    def _finite(self, rows: slice) -> np.ndarray:
+        part = self.feats[rows]
+        if bad := _not_finite(part):
+            raise ValueError(f"feats must be finite, got NaN or infinity for {self.names[rows.start + bad[0]]}")
+        return part
+
+
+def _blocks(feats: np.ndarray) -> Iterator[slice]:
+    step = max(1, _BLOCK // max(1, feats.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(feats), step))
+
+
+def _not_finite(feats: np.ndarray) -> list[int]:
+    return np.flatnonzero(~np.isfinite(feats).all(axis=1)).tolist()
+
+
+def _mapped(path: str | Path) -> np.ndarray:
+    """feats of a safetensors file that can be opened as one, left in the file."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        about = json.loads(file.read(length))["feats"]
+    if about["dtype"] != "F32":
+        raise TypeError(f"feats must be F32, got {about['dtype']}")
+    shape = tuple(about["shape"])
+    if not all(shape):  # nothing can be mapped
+        return np.zeros(shape, np.float32)
+    return np.memmap(path, "<f4", mode="r", offset=8 + length + about["data_offsets"][0], shape=shape)
 
 
 def extract(
