@@ -94,12 +94,13 @@ setup(
         "body": ["trimesh"],
         "ray": ["ray[data]"],
         "cuhk03": ["h5py", "scipy"],
+        "search": ["faiss-cpu"],
         "track": ["tensorboard"],
         # smplx, for non-commercial use, is an oracle of the tests and nothing else.
         "test": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
             *("torch-geometric", "trimesh", "ray[data]", "smplx", "h5py", "scipy", "pytorch-metric-learning"),
-            "tensorboard",
+            *("tensorboard", "faiss-cpu"),
         ],
         # What `reid3d bench` compares with. torch-cluster is built from source against the torch that is there, which
         # takes minutes and needs --no-build-isolation.

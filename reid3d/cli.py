@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -175,6 +176,29 @@ def _parser() -> _Parser:
     matrix_help = "without RUN and DATA: score each of these runs on each data set of --on, the table of the papers"
     other.add_argument("--matrix", metavar="RUN", nargs="+", type=Path, help=f"{matrix_help} (default: off)")
     other.add_argument("--on", metavar="DATA", nargs="+", type=Path, help="data sets of --matrix (default: none)")
+
+    find = command("search", "find the people most like those of QUERY, in photos, clouds or features")
+    query_help = "image, folder of images, folder of clouds, or feature file"
+    find.add_argument("--query", metavar="QUERY", type=Path, required=True, help=query_help)
+    gallery_help = "what to search: the same, or a folder that reid3d eval wrote features to"
+    find.add_argument("--gallery", metavar="GALLERY", type=Path, required=True, help=gallery_help)
+    weights_help = "folder of a run, or weights file, for what is not a feature file (default: none)"
+    find.add_argument("--weights", metavar="RUN_OR_WEIGHTS", type=Path, help=weights_help)
+    _number(find, "-k", 10, "matches for each query")
+    camera_help = "leave out junk, and the query's person in the query's camera (default: off)"
+    find.add_argument("--cross-camera", action="store_true", help=camera_help)
+    index_help = "index of the gallery's features, by reid3d export-features (default: none, all are compared)"
+    find.add_argument("--index", metavar="FILE", type=Path, help=index_help)
+    save_help = "write the gallery's features, to search them again (default: not kept)"
+    find.add_argument("--save", metavar="FEATURES", type=Path, help=save_help)
+    find.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
+    find.add_argument("--out", metavar="PAGE", type=Path, help="write an HTML page of the matches too")
+    find.add_argument("--json", metavar="FILE", type=Path, help="write the matches as JSON too")
+
+    export = command("export-features", "write features for other tools, or an index for reid3d search")
+    export.add_argument("features", metavar="FEATURES", type=Path, help="feature file")
+    to_help = "NAME.npy (with NAME.csv), NAME.parquet, or NAME.faiss, an index of the features"
+    export.add_argument("out", metavar="OUT", type=Path, help=to_help)
 
     view = command("view", "write an HTML page with ranked matches as clouds that the mouse turns")
     view.add_argument("features", metavar="FEATURES_DIR", type=Path, help="folder that reid3d eval wrote")
@@ -464,7 +488,6 @@ def _weights(run: Path) -> Path:
 def _scored(weights: Path, data: Path, options: argparse.Namespace, folder: Path | None = None) -> tuple[Any, ...]:
     """The model, the points it had of each cloud, the features of query and gallery, and their scores."""
     from .data import open_dataset, validate_protocol
-    from .data.transforms import EvalTransform
     from .models import create_model, resolve_device
     from .retrieval import evaluate, extract
 
@@ -477,7 +500,7 @@ def _scored(weights: Path, data: Path, options: argparse.Namespace, folder: Path
     if message := validate_protocol(dataset.query, dataset.gallery):
         print(f"reid3d: {message}", file=sys.stderr)
     model = create_model(weights=weights)
-    points = options.points or getattr(model, "points", None) or EvalTransform().points
+    points = options.points or _points(model)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     features = {
@@ -509,6 +532,134 @@ def _figures(result: Any) -> dict[str, Any]:
 
 def _feature_file(folder: Path, split: str) -> Path:
     return folder / f"{split}.safetensors"
+
+
+def _search(options: argparse.Namespace) -> None:
+    sides = {"query": options.query, "gallery": options.gallery}
+    for side, path in sides.items():
+        if not path.exists():
+            raise FileNotFoundError(f"no such {side}: {path}")
+        if path.is_dir() and _feature_file(path, side).is_file():  # as reid3d eval leaves it
+            sides[side] = _feature_file(path, side)
+    made = [path for path in sides.values() if path.suffix != ".safetensors"]
+    if made and not options.weights:
+        raise _UsageError(f"--weights is needed: {made[0]} is not a feature file (see reid3d search --help)")
+    from tempfile import TemporaryDirectory
+
+    from .models import create_model, resolve_device
+    from .retrieval import search
+
+    device = resolve_device(options.device)
+    model = create_model(weights=_weights(options.weights)) if made else None
+    with TemporaryDirectory() as folder:
+        query, gallery = (_features(path, side, Path(folder), model, device) for side, path in sides.items())
+        if options.cross_camera and len(gallery) and (gallery.pids == -1).all():
+            raise ValueError(f"--cross-camera needs to know people: nothing in {options.gallery} says who is who")
+        if options.save:  # the clouds of photos do not stay
+            passing = Path(gallery.source).is_relative_to(folder)
+            (replace(gallery, source="", split="") if passing else gallery).save(options.save)
+        if options.out:
+            for side, features in (("query", query), ("gallery", gallery)):
+                if not (features.source and Path(features.source).is_dir()):
+                    hint = f"were in {features.source}, which is not there" if features.source else "were not kept"
+                    raise FileNotFoundError(f"--out shows clouds, and those of the {side} {hint}")
+        ranks = search(query, gallery, options.k, cross_camera=options.cross_camera, device=device, index=options.index)
+        found = [
+            {
+                "query": query.names[row],
+                "matches": [
+                    {"rank": place, "similarity": round(float(sim), 4), "name": gallery.names[item]}
+                    for place, (item, sim) in enumerate(zip(ranks.idx[row], ranks.sim[row], strict=True), 1)
+                    if item >= 0
+                ],
+            }
+            for row in range(len(query))
+        ]
+        _print_matches(found)
+        if options.json:
+            _write_json(options.json, {"matches": found, "made_by": gallery.made_by, "version": __version__})
+        if options.out:
+            from .viewer import view
+
+            print(view(ranks, options.out))
+
+
+def _features(path: Path, side: str, folder: Path, model: Any, device: Any) -> Any:
+    """Features of a feature file, or of images or clouds by the model; the clouds of images go into the folder."""
+    from .data import open_dataset
+    from .retrieval import Features, extract
+
+    if path.suffix == ".safetensors":
+        features = Features.load(path, mmap=True)
+    else:
+        clouds = path
+        if not (path.is_dir() and any(path.glob("[!.]*.safetensors"))):
+            clouds = folder / side
+            _convert_images(path, clouds)
+        dataset = open_dataset(clouds)
+        split = getattr(dataset, side)
+        if not len(split):
+            split = dataset.all  # of a folder without splits
+        if not len(split):
+            raise ValueError(f"{path} has no {side} clouds")
+        features = extract(model, split, points=_points(model), device=device)
+    if len(set(features.names)) < len(features):
+        twice = next(name for name, count in Counter(features.names).items() if count > 1)
+        raise ValueError(f"names must differ, got {twice} more than once in {path}")
+    return features
+
+
+def _convert_images(src: Path, out: Path) -> None:
+    """Images to clouds by the embedded fitter; says how many gave none."""
+    from .io import FAILURES_FILE
+    from .preprocess.batch import convert_folder
+
+    def failures() -> list[str]:
+        path = out / FAILURES_FILE
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return ["{name}: {reason}".format(**json.loads(line)) for line in lines]
+
+    try:
+        report = convert_folder(src, out)
+    except ValueError as error:
+        if some := failures():
+            raise ValueError(f"no image in {src} could be used: {some[0]}") from error
+        raise
+    if report.failed:
+        print(f"reid3d: {report.failed} files of {src} gave no cloud, such as {failures()[0]}", file=sys.stderr)
+
+
+def _points(model: Any) -> int:
+    from .data.transforms import EvalTransform
+
+    return getattr(model, "points", None) or EvalTransform().points
+
+
+def _print_matches(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        if len(found) > 1:
+            print(f"query {_printable(one['query'])}")
+        print("rank  similarity  name" if one["matches"] else "no match")
+        for match in one["matches"]:
+            print(f"{match['rank']:>4}  {match['similarity']:>10.4f}  {_printable(match['name'])}")
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
+def _export_features(options: argparse.Namespace) -> None:
+    if options.out.suffix not in (".npy", ".parquet", ".faiss"):
+        raise _UsageError(f"OUT must end in .npy, .parquet or .faiss, got {options.out}")
+    from .retrieval import Features, build_index
+
+    features = Features.load(options.features, mmap=True)
+    if options.out.suffix == ".faiss":
+        build_index(features, options.out)
+        print(options.out)
+    else:
+        for path in features.export(options.out):
+            print(path)
 
 
 def _view(options: argparse.Namespace) -> None:
@@ -577,6 +728,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "convert": _convert,
     "train": _train,
     "eval": _eval,
+    "search": _search,
+    "export-features": _export_features,
     "view": _view,
     "doctor": _doctor,
     "bench": _bench,

@@ -1,9 +1,10 @@
-"""Exact cosine search, block by block."""
+"""Cosine search, block by block: exact, or by the shortlist of a FAISS index."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,12 @@ from torch import Tensor
 
 from .features import Features
 
-_BLOCK = 2**20  # similarities held at once
-_LEAST_ROWS = 4  # with fewer, matrix products may round columns at the edge otherwise, and equal items would differ
+_BLOCK = 2**20  # similarities held at once, on a CPU
+_GPU = 64  # times as many on a GPU, which waits for a block to be copied to it
+# Matrix products may round the edges of a matrix, and unaligned rows, otherwise than the rest, and equal items would
+# differ. They do not with items as rows, and rows and columns filled up to a multiple of this, whatever the threads.
+_MULTIPLE = 16
+_SHORTEST, _LONGEST = 1e-15, 1e15  # lengths whose squares float32 holds to full precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,46 +34,116 @@ class Ranks:
     sim: np.ndarray
 
 
-def search(q: Features, g: Features, k: int = 20, *, cross_camera: bool = False) -> Ranks:
+def search(
+    q: Features,
+    g: Features,
+    k: int = 20,
+    *,
+    cross_camera: bool = False,
+    device: str | torch.device | None = None,
+    index: Any = None,
+    shortlist: int = 1000,
+) -> Ranks:
     """Find the k gallery items of highest cosine similarity for each query; ties go to the lower gallery index.
 
     cross_camera leaves out, as `evaluate` does, junk (pid -1) and the query's own person seen by the query's own
-    camera (a camid of -1 is unknown and leaves nothing out). Memory beyond inputs and result: a normalised copy of the
-    gallery and a few blocks of 2**20 values.
+    camera (a camid of -1 is unknown and leaves nothing out). Memory beyond inputs and result: a few blocks of 2**20
+    values (2**26 on a GPU), or of the features of 2 k items where those are more, however large the gallery is; a
+    memory map (`Features.load`) is read once for every 2**20 values of the queries.
 
-    Raises: ValueError when k < 1 or the feature dimensions differ.
+    Args:
+        device: where the similarities are computed, a block of the gallery at a time; None for the CPU.
+        index: a file of `build_index`, or an index of FAISS over the unit vectors of the gallery in its order. Only
+            the `shortlist` items it finds for a query are then looked at, by their own features: similarities are as
+            exact as without, and what the index does not find is missed. None looks at all items.
+        shortlist: items that an index is asked for, k at least; more miss less and take longer.
+
+    Raises: ValueError when k < 1, the feature dimensions differ, the features are those of different
+        models (made_by), a memory map holds NaN or infinity, or the index is one of another gallery; ImportError
+        without FAISS.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    _check_dimensions(q.feats, g.feats)
+    if q.made_by and g.made_by and q.made_by != g.made_by:
+        raise ValueError(f"q and g must be features of one model, got made_by {q.made_by} and {g.made_by}")
+    where = torch.device(device or "cpu")
     idx = np.full((len(q), k), -1, np.int64)
     sim = np.full((len(q), k), -np.inf, np.float32)
-    g_pids, g_camids = torch.from_numpy(g.pids), torch.from_numpy(g.camids)
-    for rows, block in similarity_blocks(q.feats, g.feats):
-        if cross_camera:
-            pids, camids = (torch.from_numpy(values[rows]).unsqueeze(1) for values in (q.pids, q.camids))
-            block[(g_pids == -1) | ((pids == g_pids) & (camids == g_camids) & (camids != -1))] = -torch.inf
-        best = order_keys(block).topk(min(k, len(g)), largest=False).values & 0xFFFFFFFF
-        found = block.gather(1, best)
-        idx[rows, : best.shape[1]] = torch.where(found == -torch.inf, -1, best).numpy()
-        sim[rows, : best.shape[1]] = found.numpy()
+    if index is None:
+        most = min(k, len(g))
+        size = _BLOCK if where.type == "cpu" else _GPU * _BLOCK
+        width = max(2 * most, size // max(1024, q.feats.shape[1]))  # items in a block
+        step = max(1, size // max(width + most, q.feats.shape[1]))  # queries in a block
+        for start in range(0, len(q), step):
+            rows = slice(start, min(start + step, len(q)))
+            found = _nearest(q, rows, g, most, cross_camera, where, width)
+            idx[rows, :most], sim[rows, :most] = (part.cpu().numpy() for part in found)
+    else:
+        from .index import shortlists
+
+        for row, items in shortlists(q, g, index, max(k, shortlist)):
+            rows, some = slice(row, row + 1), g.subset(items)
+            most = min(k, len(items))
+            places, values = (
+                part[0].cpu().numpy() for part in _nearest(q, rows, some, most, cross_camera, where, len(items))
+            )
+            idx[row, :most] = np.where(places < 0, -1, items[places])
+            sim[row, :most] = values
     return Ranks(q, g, idx, sim)
+
+
+def _nearest(
+    q: Features, rows: slice, g: Features, k: int, cross_camera: bool, device: torch.device, width: int
+) -> tuple[Tensor, Tensor]:
+    """idx and sim (n, k) of the n queries in `rows`, `width` items at a time.
+
+    Items come in their order, so that only one of greater similarity can still take the place of the last that was
+    found. Few blocks have such an item for a query: only these rows are sorted.
+    """
+    n = rows.stop - rows.start
+    query = unit_vectors(q.feats[rows]).to(device)
+    idx = torch.full((n, k), -1, device=device)
+    sim = torch.full((n, k), -torch.inf, device=device)
+    g_pids, g_camids = torch.from_numpy(g.pids), torch.from_numpy(g.camids)
+    for start in range(0, len(g), width):
+        items = slice(start, min(start + width, len(g)))
+        # The last block is as wide as the others, since products of other shapes may round otherwise.
+        block = unit_vectors(g.feats[items], least=min(width, len(g))).to(device)
+        near = (block @ query.T)[: items.stop - start, :n]
+        better = (near.amax(0) > sim[:, -1]).nonzero()[:, 0]
+        if not len(better):
+            continue
+        both = torch.cat([sim[better], near[:, better].T.clamp(-1, 1)], 1)
+        if cross_camera:
+            chosen = better.cpu().numpy() + rows.start
+            pids, camids = (torch.from_numpy(values[chosen]).unsqueeze(1) for values in (q.pids, q.camids))
+            same = (pids == g_pids[items]) & (camids == g_camids[items]) & (camids != -1)
+            both[:, k:][(same | (g_pids[items] == -1)).to(device)] = -torch.inf
+        place = order_keys(both).topk(k, largest=False).values & 0xFFFFFFFF
+        sim[better] = both.gather(1, place)
+        idx[better] = torch.where(place < k, idx[better].gather(1, place.clamp_max(k - 1)), place + (start - k))
+    return idx, sim
 
 
 def similarity_blocks(q: np.ndarray, g: np.ndarray, kept: np.ndarray | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Yields (rows, cosine similarities (len(rows), G) float32 in [-1, 1]) until all rows of q are done; `kept` are the
     G rows of g to compare with, None all. Equal rows of g get equal similarities. Holds one float32 copy of them.
 
-    Raises: ValueError when the feature dimensions differ.
+    Raises: ValueError when the feature dimensions differ, or a memory map holds NaN or infinity.
     """
-    if q.shape[1] != g.shape[1]:
-        raise ValueError(f"q and g must have features of the same dimension, got {q.shape[1]} and {g.shape[1]}")
-    gallery = _unit(g, np.arange(len(g)) if kept is None else kept).T
-    step = max(_LEAST_ROWS, _BLOCK // max(1, gallery.shape[1]))
+    _check_dimensions(q, g)
+    count = len(g) if kept is None else len(kept)
+    gallery = torch.zeros(_filled(count), _filled(g.shape[1]))
+    step = max(_MULTIPLE, _filled(_BLOCK // max(1, g.shape[1])))
+    for start in range(0, count, step):
+        items = slice(start, min(start + step, count))
+        gallery[start : _filled(items.stop)] = unit_vectors(g[items if kept is None else kept[items]])
+    step = max(1, _BLOCK // max(1, count))
     for start in range(0, len(q), step):
-        rows = np.arange(start, min(start + step, len(q)))
-        query = torch.zeros(max(_LEAST_ROWS, len(rows)), q.shape[1])
-        query[: len(rows)] = _unit(q, rows)
-        yield slice(start, start + len(rows)), (query @ gallery)[: len(rows)].clamp_(-1, 1)
+        rows = slice(start, min(start + step, len(q)))
+        near = gallery @ unit_vectors(q[rows]).T
+        yield rows, near[:count, : rows.stop - start].T.contiguous().clamp_(-1, 1)
 
 
 def order_keys(sim: Tensor) -> Tensor:
@@ -77,15 +152,33 @@ def order_keys(sim: Tensor) -> Tensor:
     """
     bits = (-sim).add_(0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 equal
     bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))  # IEEE 754 order as the order of signed integers
-    return bits.long().bitwise_left_shift_(32).bitwise_or_(torch.arange(sim.shape[1]))
+    return bits.long().bitwise_left_shift_(32).bitwise_or_(torch.arange(sim.shape[1], device=sim.device))
 
 
-def _unit(feats: np.ndarray, rows: np.ndarray) -> Tensor:
-    """Those rows of feats (N, D) float32 as unit vectors; 0 stays 0."""
-    unit = torch.empty(len(rows), feats.shape[1])
-    step = max(1, _BLOCK // max(1, feats.shape[1]))
-    for start in range(0, len(rows), step):
-        part = torch.from_numpy(feats[rows[start : start + step]]).double()  # float32 squares may overflow
-        length = torch.linalg.vector_norm(part, dim=1, keepdim=True)
-        unit[start : start + step] = part / length.clamp_min(torch.finfo(torch.float64).tiny)
-    return unit
+def unit_vectors(part: np.ndarray, least: int = 0) -> Tensor:
+    """part (n, D) float32 as unit vectors; 0 stays 0. Rows of 0 are added until there are `least`, and both rows and
+    columns of 0 until they are a multiple of 16.
+
+    Raises: ValueError for NaN or infinity.
+    """
+    unit = torch.zeros(_filled(max(least, len(part))), _filled(part.shape[1]))
+    unit.numpy()[: len(part), : part.shape[1]] = part
+    length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+    odd = ~((length >= _SHORTEST) & (length <= _LONGEST))[:, 0]
+    if odd.any():
+        wide = unit[odd].double()
+        true = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        if not true.isfinite().all():
+            raise ValueError("feats must be finite, got NaN or infinity")
+        unit[odd] = (wide / true.clamp_min(torch.finfo(torch.float64).tiny)).float()
+        length[odd] = 1.0
+    return unit.div_(length)
+
+
+def _filled(size: int) -> int:
+    return -(-size // _MULTIPLE) * _MULTIPLE
+
+
+def _check_dimensions(q: np.ndarray, g: np.ndarray) -> None:
+    if q.shape[1] != g.shape[1]:
+        raise ValueError(f"q and g must have features of the same dimension, got {q.shape[1]} and {g.shape[1]}")

@@ -85,10 +85,10 @@ class _Page:
 
     def __init__(self) -> None:
         self.clouds: list[dict[str, Any]] = []
-        self._number: dict[tuple[str, str], int] = {}
+        self._number: dict[tuple[str, ...], int] = {}
 
     def number(self, source: _Source, i: int) -> int:
-        key = (source.split.name, source.features.names[i])
+        key = (str(source.split.root), source.split.name, source.features.names[i])
         if key not in self._number:
             self._number[key] = len(self.clouds)
             self.clouds.append(encode_cloud(*source[i]))
