@@ -6,8 +6,8 @@
 The features are synthetic, 512 numbers each: people have a middle drawn from a normal distribution, 50 images each
 stray from it, and queries are further images of them. The contenders of a case take turns, so that what else the
 machine does hits both alike; both times are reported, that of the clock and that of the processor. Memory is what the
-process holds at most beyond what it held before the first call, as the system counts it. Needs faiss-cpu, 10 GB of memory and
-2 GB in the folder for a million items.
+process holds at most beyond what it held before the first call, as the system counts it. Needs faiss-cpu, 10 GB of
+memory and 2 GB in the folder for a million items.
 """
 
 import argparse
