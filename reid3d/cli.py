@@ -650,7 +650,9 @@ def _printable(name: str) -> str:
 
 def _export_features(options: argparse.Namespace) -> None:
     if options.out.suffix not in (".npy", ".parquet", ".faiss"):
-        raise _UsageError(f"OUT must end in .npy, .parquet or .faiss, got {options.out}")
+        raise _UsageError(
+            f"OUT must end in .npy, .parquet or .faiss, got {options.out} (see reid3d export-features --help)"
+        )
     from .retrieval import Features, build_index
 
     features = Features.load(options.features, mmap=True)

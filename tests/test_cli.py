@@ -18,7 +18,7 @@ from reid3d.models import create_model, save_weights
 from reid3d.models.official import write_official
 from tests.capsules import write_capsules
 
-COMMANDS = ["synth", "convert", "train", "eval", "view", "doctor", "bench"]
+COMMANDS = ["synth", "convert", "train", "eval", "search", "export-features", "view", "doctor", "bench"]
 GROUPS = [f"--{group}" for group in ("model", "cloud", "sampling", "loss", "train", "validation")]
 GROUPS += [f"--loss.{name}" for name in ("circle", "triplet", "contrastive", "instance")]
 SMALL = {"init_points": 128, "k": 8}
@@ -61,21 +61,21 @@ def test_help_of_each_command_shows_the_defaults(command, capsys):
     code, out, _ = call(capsys, command, "--help")
     assert code == 0 and f"reid3d {command}" in out
     for option in [line.split()[0] for line in out.splitlines() if line.startswith("  --")]:
-        if option not in ("--json", "--recipe", "--data", "--out", *GROUPS):
+        if option not in ("--json", "--recipe", "--data", "--out", "--query", "--gallery", *GROUPS):
             help = " ".join(out.split()).split(f" {option} ")[-1]
             assert "default: " in help, option
 
 
 def test_help_and_version(capsys):
     code, out, _ = call(capsys, "--help")
-    assert code == 0 and all(f"    {command} " in out for command in COMMANDS)
+    assert code == 0 and all(f"\n    {command}" in out for command in COMMANDS)
     assert call(capsys, "--version") == (0, f"reid3d {reid3d.__version__}\n", "")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "a command is needed: synth, convert, train, eval, view, doctor, bench"),
+        ([], "a command is needed: synth, convert, train, eval, search, export-features, view, doctor, bench"),
         (["evaluate"], "invalid choice: 'evaluate'"),
         (["synth"], "the following arguments are required: OUT"),
         (["synth", "out", "--seed", "-1"], "argument --seed: must be a whole number from 0 to 9223372036854775807"),
@@ -98,6 +98,10 @@ def test_help_and_version(capsys):
         (["eval", "run", "data", "--calibrate", "1"], "argument --calibrate: must be above 0 and below 1, got 1"),
         (["eval", "run", "data", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["eval", "run", "data", "--feat", "x"], "unrecognized arguments: --feat x"),
+        (["search", "--query", "a.jpg"], "the following arguments are required: --gallery"),
+        (["search", "--query", ".", "--gallery", ".", "-k", "0"], "argument -k: must be a whole number of at least 1"),
+        (["search", "--query", ".", "--gallery", "."], "--weights is needed: . is not a feature file"),
+        (["export-features", "f", "f.bin"], "OUT must end in .npy, .parquet or .faiss, got f.bin"),
         (["doctor", "now"], "unrecognized arguments: now"),
         (["bench"], "the following arguments are required: SUITE"),
         (["bench", "models"], "argument SUITE: invalid choice: 'models'"),
@@ -374,6 +378,119 @@ def test_a_table_is_converted_and_the_doctor_reads_both(people, capsys, tmp_path
     assert code == 0 and out.startswith(f"Market-1501's layout in {people}\ntrain ")
     code, _, err = call(capsys, "doctor", "--data", tmp_path / "no")
     assert code == 1 and "root: no such folder or image" in err
+
+
+@pytest.fixture(scope="module")
+def photos(people, tmp_path_factory):
+    """A folder of images that say nothing of who is on them, and a file that is none."""
+    folder = tmp_path_factory.mktemp("cli") / "photos"
+    folder.mkdir()
+    for number, image in enumerate(sorted(people.glob("*/*.jpg"))[:5]):
+        (folder / f"photo {number}.jpg").write_bytes(image.read_bytes())
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
+    return folder
+
+
+def test_search_among_photos(photos, run, capsys, tmp_path):
+    photo, saved, page = photos / "photo 3.jpg", tmp_path / "photos.safetensors", tmp_path / "page.html"
+    argv = ("search", "--query", photo, "--weights", run, "-k", "3")
+    code, out, err = call(capsys, *argv, "--gallery", photos, "--save", saved, "--out", page)
+    assert code == 0, err
+    header, first, *others, last = out.splitlines()
+    assert header == "rank  similarity  name" and first == "   1      1.0000  photo 3.jpg" and last == str(page)
+    assert len(others) == 2 and all(line.split()[2] == "photo" for line in others)
+    assert f"reid3d: 1 files of {photos} gave no cloud, such as broken.jpg: broken image" in err
+    assert page.read_text().count("<section") == 1
+    features = reid3d.Features.load(saved)
+    assert features.names == [f"photo {i}.jpg" for i in range(5)] and features.source == ""
+
+    code, again, err = call(capsys, *argv, "--gallery", saved, "--json", tmp_path / "found.json")
+    assert code == 0 and again.splitlines() == [header, first, *others], err
+    (found,) = json.loads((tmp_path / "found.json").read_text())["matches"]
+    assert found["query"] == "photo 3.jpg" and [match["rank"] for match in found["matches"]] == [1, 2, 3]
+    assert found["matches"][0]["name"] == "photo 3.jpg" and found["matches"][0]["similarity"] == 1.0
+    code, _, err = call(capsys, *argv, "--gallery", saved, "--out", page)
+    assert code == 1 and "--out shows clouds, and those of the gallery were not kept" in one_error(err)
+
+
+def test_search_in_clouds_and_features(run, data, capsys, tmp_path):
+    assert call(capsys, "eval", run, data, "--features", tmp_path / "f")[0] == 0
+    folder = ("search", "--query", tmp_path / "f", "--gallery", tmp_path / "f", "--cross-camera")
+    code, from_features, err = call(capsys, *folder)
+    assert code == 0, err
+    clouds = ("search", "--query", data, "--gallery", data, "--weights", run / "model.safetensors", "--cross-camera")
+    assert call(capsys, *clouds)[:2] == (0, from_features)
+    lines = from_features.splitlines()
+    assert [line for line in lines if line.startswith("query ")] == [
+        f"query {name}" for name in reid3d.open_dataset(data).query.names
+    ]
+    page = tmp_path / "page.html"
+    assert call(capsys, *folder, "--out", page)[1].splitlines() == [*lines, str(page)]
+    code, _, err = call(capsys, *clouds[:-1], "--gallery", tmp_path / "f" / "query.safetensors", "-k", "1")
+    assert code == 0, err
+
+
+def test_search_by_an_index(run, capsys, tmp_path):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    feats = rng.standard_normal((400, 16)).astype(np.float32)
+    known = np.arange(1, 401)
+    names = [f"{i}.jpg" for i in range(399)] + ["a\nb"]
+    for name, rows in (("g", slice(None)), ("q", slice(395, 400))):
+        some = reid3d.Features(feats[rows], known[rows], known[rows], names[rows], made_by="x")
+        some.save(tmp_path / f"{name}.safetensors")
+    index = tmp_path / "g.faiss"
+    assert call(capsys, "export-features", tmp_path / "g.safetensors", index)[:2] == (0, f"{index}\n")
+    argv = ("search", "--query", tmp_path / "q.safetensors", "--gallery", tmp_path / "g.safetensors", "-k", "1")
+    code, out, err = call(capsys, *argv, "--index", index)
+    assert code == 0, err
+    assert [line.split()[-1] for line in out.splitlines()[2::3]] == [*names[395:399], r"a\nb"]
+    assert call(capsys, *argv)[1] == out
+    code, out, _ = call(capsys, *argv, "--cross-camera")
+    assert code == 0 and "1.0000" not in out
+    npy = tmp_path / "g.npy"
+    assert call(capsys, "export-features", tmp_path / "g.safetensors", npy)[1] == f"{npy}\n{npy.with_suffix('.csv')}\n"
+    assert np.load(npy).shape == (400, 16)
+
+
+def test_what_cannot_be_searched(run, photos, data, capsys, tmp_path):
+    import numpy as np
+
+    def save(name, dim=512, names=("a", "b"), **more):
+        count = len(names)
+        feats, people = np.ones((count, dim), np.float32), np.full(count, -1)
+        reid3d.Features(feats, people, people, list(names), **more).save(tmp_path / name)
+        return tmp_path / name
+
+    photo, empty, text, none = photos / "photo 0.jpg", tmp_path / "empty", tmp_path / "a.txt", tmp_path / "none"
+    empty.mkdir()
+    text.write_text("x")
+    plain, other = save("plain.safetensors"), save("other.safetensors", made_by="another")
+    narrow, twice = save("narrow.safetensors", dim=3), save("twice.safetensors", names=("a", "b", "a"))
+    cases = [
+        (none, plain, [], f"no such query: {none}"),
+        (plain, none, [], f"no such gallery: {none}"),
+        (plain, empty, ["--weights", run], "src holds no crops to convert"),
+        (text, plain, ["--weights", run], "a.txt: not an image name"),
+        (photos / "broken.jpg", plain, ["--weights", run], "broken.jpg could be used: broken.jpg: broken image"),
+        (photo, plain, ["--weights", none], f"no weights at {none}"),
+        (photo, other, ["--weights", run], "q and g must be features of one model, got made_by"),
+        (plain, narrow, [], "features of the same dimension, got 512 and 3"),
+        (plain, twice, [], "names must differ, got a more than once in"),
+        (plain, run / "model.safetensors", [], "is not a reid3d feature file"),
+        (plain, plain, ["--cross-camera"], "--cross-camera needs to know people: nothing in"),
+        (plain, plain, ["--index", none], f"no such index: {none} (reid3d export-features GALLERY {none} makes it)"),
+        (plain, plain, ["--device", "abacus"], "device 'abacus' cannot be used"),
+    ]
+    for query, gallery, more, message in cases:
+        code, out, err = call(capsys, "search", "--query", query, "--gallery", gallery, *more)
+        assert (code, out) == (1, ""), message
+        assert message in one_error(err), err
+    code, out, _ = call(capsys, "search", "--query", plain, "--gallery", save("n.safetensors", names=()))
+    assert (code, out) == (0, "query a\nno match\nquery b\nno match\n")
+    code, _, err = call(capsys, "export-features", none, tmp_path / "f.npy")
+    assert code == 1 and f"no such feature file: {none}" in one_error(err)
 
 
 @pytest.mark.parametrize("suffix", ["ply", "obj", "glb"])

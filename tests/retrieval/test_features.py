@@ -1,6 +1,9 @@
-"""Feature files and extraction."""
+"""Feature files, what is written for other tools, and extraction."""
 
+import csv
+import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -70,6 +73,99 @@ def test_a_failed_save_keeps_the_file_that_was_there(tmp_path, monkeypatch):
         some(2).save(tmp_path / "f")
     assert len(Features.load(tmp_path / "f")) == 3
     assert os.listdir(tmp_path) == ["f"]
+
+
+@pytest.mark.parametrize("features", [some(), some(0), some(times=None), some(700)])
+def test_a_memory_map_is_what_is_loaded(features, tmp_path, monkeypatch):
+    monkeypatch.setattr("reid3d.retrieval.features._BLOCK", 10)
+    features.save(tmp_path / "f")
+    mapped = Features.load(tmp_path / "f", mmap=True)
+    assert isinstance(mapped.feats, np.memmap) == (len(features) > 0) and mapped.feats.ctypes.data % 4 == 0
+    for name in ("feats", "pids", "camids", "times"):
+        np.testing.assert_array_equal(getattr(mapped, name), getattr(features, name))
+    mapped.save(tmp_path / "g")
+    assert (tmp_path / "g").read_bytes() == (tmp_path / "f").read_bytes()
+    mapped.save(tmp_path / "f")  # over the very file
+    np.testing.assert_array_equal(mapped.feats, features.feats)
+    if len(features):
+        with pytest.raises(ValueError, match="read-only"):
+            mapped.feats[0] = 0
+        mapped.subset([0])  # is no map, and checked
+
+
+def test_files_that_safetensors_wrote_are_read_too(tmp_path):
+    from safetensors.numpy import save_file
+
+    text = json.dumps({"names": some().names, "source": "", "split": "", "made_by": ""}).encode()
+    tensors = {name: getattr(some(), name) for name in ("feats", "pids", "camids", "times")}
+    save_file(tensors | {"text": np.frombuffer(text, np.uint8)}, tmp_path / "f", {"format": "reid3d-features-1"})
+    for mmap in (False, True):
+        np.testing.assert_array_equal(Features.load(tmp_path / "f", mmap=mmap).feats, some().feats)
+    tensors["feats"] = some().feats.astype(np.float16)
+    save_file(tensors | {"text": np.frombuffer(text, np.uint8)}, tmp_path / "f", {"format": "reid3d-features-1"})
+    for mmap in (False, True):
+        with pytest.raises(ValueError, match="f is not a reid3d feature file: feats must be"):
+            Features.load(tmp_path / "f", mmap=mmap)
+
+
+def test_a_subset():
+    part = some().subset(np.array([2, 0]))
+    np.testing.assert_array_equal(part.feats, some().feats[[2, 0]])
+    assert (part.pids.tolist(), part.camids.tolist(), part.times.tolist()) == ([1, -1], [2, 2], [20, 0])
+    assert part.names == [some().names[2], some().names[0]]
+    assert (part.source, part.split, part.made_by) == ("/data/market3d", "query", "0123")
+    assert some(times=None).subset([1]).times is None and len(some().subset([])) == 0
+
+
+AWKWARD = ["ü.jpg", "a,b.jpg", 'line\n"quoted"', "\udcff", "e.jpg"]
+
+
+@pytest.mark.parametrize("times", [None, np.arange(5)])
+def test_npy_and_its_table(times, tmp_path, monkeypatch):
+    monkeypatch.setattr("reid3d.retrieval.features._BLOCK", 8)  # two rows
+    features = some(5, names=AWKWARD, times=times)
+    assert features.export(tmp_path / "f.npy") == [tmp_path / "f.npy", tmp_path / "f.csv"]
+    written = np.load(tmp_path / "f.npy")
+    assert written.dtype == np.float32 and written.tolist() == features.feats.tolist()
+    with open(tmp_path / "f.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["name", "pid", "camid", "time"]
+    moments = [""] * 5 if times is None else [str(i) for i in range(5)]
+    assert rows == [[name, str(i - 1), "2", moments[i]] for i, name in enumerate(AWKWARD)]
+    some(0).export(tmp_path / "none.npy")
+    assert np.load(tmp_path / "none.npy").shape == (0, 4)
+
+
+@pytest.mark.parametrize("times", [None, np.arange(5)])
+def test_parquet(times, tmp_path, monkeypatch):
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("reid3d.retrieval.features._BLOCK", 8)
+    features = some(5, names=AWKWARD, times=times)
+    assert features.export(tmp_path / "f.parquet") == [tmp_path / "f.parquet"]
+    table = pq.read_table(tmp_path / "f.parquet")
+    assert table.column_names == ["id", "name", "pid", "camid", "time", "vector"]
+    assert table["id"].to_pylist() == list(range(5)) and table["name"].to_pylist() == [*AWKWARD[:3], "?", "e.jpg"]
+    assert table["pid"].to_pylist() == features.pids.tolist() and table["camid"].to_pylist() == [2] * 5
+    assert table["time"].to_pylist() == ([None] * 5 if times is None else list(range(5)))
+    assert table["vector"].to_pylist() == features.feats.tolist()
+    assert table.schema.metadata == {b"made_by": b"0123", b"source": b"/data/market3d", b"split": b"query"}
+    some(0).export(tmp_path / "none.parquet")
+    assert len(pq.read_table(tmp_path / "none.parquet")) == 0
+
+
+@pytest.mark.parametrize("name", ["f.npy", "f.parquet"])
+def test_what_cannot_be_exported_leaves_nothing(name, tmp_path, monkeypatch):
+    np.save(tmp_path / "nan", np.full((3, 4), np.nan, np.float32))
+    broken = some(feats=np.load(tmp_path / "nan.npy", mmap_mode="r"))
+    with pytest.raises(ValueError, match="feats must be finite, got NaN or infinity for query/ü 0.jpg"):
+        broken.export(tmp_path / name)
+    with pytest.raises(ValueError, match="path must end in .npy or .parquet, got .*f.bin"):
+        some().export(tmp_path / "f.bin")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ModuleNotFoundError, match="^a .parquet file needs pyarrow: pip install pyarrow$"):
+        some().export(tmp_path / "f.parquet")
+    assert os.listdir(tmp_path) == ["nan.npy"]
 
 
 def test_other_files_are_refused(tmp_path):

@@ -461,9 +461,9 @@ def test_the_similarities_are_never_all_held(monkeypatch):
     scores = np.zeros((2000, 3000), np.float32)
     module = import_module("reid3d.retrieval.metrics")
     monkeypatch.setattr(module, "match_places", watched(module.match_places))
-    for given in (None, scores):
+    for of in (None, scores):
         sizes.clear()
-        evaluate(q, g, scores=given)
+        evaluate(q, g, scores=of)
         assert sum(sizes) == 2000 * 3000 and max(sizes) <= 2**20
 
 

@@ -118,6 +118,18 @@ def test_each_canvas_has_its_own_cloud_and_each_cloud_is_kept_once(page, dataset
     assert len(names) == len(set(names))
 
 
+def test_clouds_of_one_name_in_two_folders_are_two(tmp_path):
+    """As a photo a.jpg among photos that another a.jpg is searched for in."""
+    roots = [write_capsules(tmp_path / name, ids=2, size=size) for name, size in (("a", (32, 16)), ("b", (24, 16)))]
+    splits = [open_dataset(root).gallery for root in roots]
+    query, gallery = (features_of(split, 0.0, 1) for split in splits)
+    shown = Page(view(search(query, gallery, k=2), tmp_path / "ranks.html"))
+    assert {tuple(cloud["size"]) for cloud in shown.clouds} == {(32, 16), (24, 16)}
+    for row in shown.rows:
+        sizes = [tuple(shown.clouds[card["cloud"]]["size"]) for card in row["cards"]]
+        assert sizes == [(32, 16)] + [(24, 16)] * (len(sizes) - 1)
+
+
 def test_clouds_come_back_within_half_a_step(page, dataset):
     splits = {"query": dataset.query, "gallery": dataset.gallery}
     for shown in page.clouds:
