@@ -59,7 +59,7 @@ def memory(call: Callable[[], Any]) -> float:
 
 
 def turns(calls: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """Medians and the fastest of `rounds` calls of each, in seconds, and what a first call gave, which is not counted."""
+    """Medians and the fastest of `rounds` calls of each, in seconds, and what a first one gave, which is not timed."""
     clock: dict[str, list[float]] = {name: [] for name in calls}
     processor: dict[str, list[float]] = {name: [] for name in calls}
     gave = {name: call() for name, call in calls.items()}

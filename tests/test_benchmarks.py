@@ -136,6 +136,20 @@ def test_published_figures_of_re_ranking():
     assert cases["torchreid"]["farthest_apart"] <= 1e-5 and cases["single"]["farthest_from_rerank"] <= 1e-5
 
 
+def test_published_figures_of_search():
+    data = json.loads((RESULTS / "search-cpu.json").read_text())
+    check_origin(data)
+    assert data["suite"] == "search" and data["environment"]["peers"]["faiss-cpu"]
+    assert {row["threads"] for row in data["exact"]} == {1, 2}
+    for row in data["exact"]:
+        assert row["items"] == 1_000_000 and row["same_items"] > 0.999
+        assert set(row["times"]) == {"reid3d", "reid3d, memory map", "faiss flat"}
+        assert row["times_of_faiss"] <= 1.5 and row["processor_times_of_faiss"] <= 1.5
+    assert max(data["MiB_beyond_inputs"].values()) < 60
+    recall = data["ivfpq"]["recall_at_10"]
+    assert recall["10"] <= recall["100"] <= recall["1000"] and recall["1000"] > 0.9
+
+
 def test_a_short_run(device, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "SIZES", SMALL)
     monkeypatch.setattr(timing, "ROUNDS", 3)

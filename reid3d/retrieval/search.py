@@ -83,13 +83,10 @@ def search(
         from .index import shortlists
 
         for row, items in shortlists(q, g, index, max(k, shortlist)):
-            rows, some = slice(row, row + 1), g.subset(items)
             most = min(k, len(items))
-            places, values = (
-                part[0].cpu().numpy() for part in _nearest(q, rows, some, most, cross_camera, where, len(items))
-            )
+            best = _nearest(q, slice(row, row + 1), g.subset(items), most, cross_camera, where, max(1, len(items)))
+            places, sim[row, :most] = (part[0].cpu().numpy() for part in best)
             idx[row, :most] = np.where(places < 0, -1, items[places])
-            sim[row, :most] = values
     return Ranks(q, g, idx, sim)
 
 

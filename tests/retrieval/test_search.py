@@ -89,8 +89,8 @@ def threads(request):
 
 
 @pytest.mark.parametrize("dim", [33, 512])
-@pytest.mark.parametrize("queries", [1, 2, 3, 5, 16])
-@pytest.mark.parametrize("items", [3, 7, 37, 1003, 2500])
+@pytest.mark.parametrize("queries", [1, 3, 5, 16])
+@pytest.mark.parametrize("items", [7, 37, 1003, 2500])
 def test_equal_items_have_equal_similarities(queries, items, dim, threads):
     """Matrix products may round edges, and unaligned rows, otherwise than the rest, and threads make more edges."""
     rng = np.random.default_rng(items)
@@ -264,6 +264,14 @@ def test_an_index_that_looks_into_few_lists_may_find_fewer(people, tmp_path):
     ranks = search(q, g, k=500, index=tmp_path / "g.faiss")
     assert (ranks.idx[:, -1] == -1).all() and (ranks.sim[ranks.idx == -1] == -np.inf).all()
     assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in ranks.idx)
+
+    class Nothing:
+        ntotal, d = g.feats.shape
+
+        def search(self, queries, count):
+            return None, np.full((len(queries), count), -1)
+
+    assert (search(q, g, k=5, index=Nothing()).idx == -1).all()
 
 
 def test_index_errors(people, index, tmp_path, monkeypatch):
