@@ -58,12 +58,11 @@ def build_index(g: Features, path: str | Path, *, lists: int | None = None, code
     index = faiss.index_factory(dim, f"IVF{lists},PQ{codes}x8", faiss.METRIC_INNER_PRODUCT)
     index.nprobe = min(probes, lists)
     index.do_polysemous_training = False  # which takes most of the time, for a filter that is not used
-    sample = max(_SAMPLE * lists, _LEAST * 39)  # as many as FAISS asks for
-    if sample < n:
-        rows = np.sort(np.random.default_rng(_SEED).choice(n, sample, replace=False))
-        learned_from = np.concatenate([_unit(g, rows[at : at + _STEP]) for at in range(0, sample, _STEP)])
-    else:
-        learned_from = _unit(g, slice(None))
+    sample = min(n, max(_SAMPLE * lists, _LEAST * 39))  # as many as FAISS asks for
+    rows = np.sort(np.random.default_rng(_SEED).choice(n, sample, replace=False))
+    learned_from = np.empty((sample, dim), np.float32)
+    for start in range(0, sample, _STEP):
+        learned_from[start : start + _STEP] = _unit(g, rows[start : start + _STEP])
     index.train(learned_from)
     del learned_from
     for start in range(0, n, _STEP):
