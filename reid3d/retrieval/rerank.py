@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .features import Features
-from .search import _LEAST_ROWS, _unit, search
+from .search import search, unit_vectors
 
 _BLOCK = 2**22  # distances, or entries of what is computed from them, held at once
 _TILE = 2**11  # items whose distances from as many others are one matrix product: wider ones miss the cache
+_LEAST_ROWS = 4  # of a product: fewer may round the last columns otherwise, and equal items would differ
 
 
 def rerank(
@@ -84,7 +85,7 @@ class GalleryGraph:
         self.k1, self.k2, self.weight = k1, k2, weight
         # The query is item 0, as in rerank, and the gallery follows. Until it comes it is nobody's neighbour.
         unit = torch.zeros(len(g) + 1, g.feats.shape[1])
-        unit[1:] = _unit(g.feats, np.arange(len(g)))
+        unit[1:] = _unit(g.feats)
         self._items = _Vectors(unit)
         gallery = _neighbours(_Vectors(unit[1:]), k1 + 1)
         missing = min(k1 + 1, len(unit)) - gallery.idx.shape[1]  # 1 where the gallery is that small
@@ -105,7 +106,7 @@ class GalleryGraph:
             dims = f"{q.feats.shape[1]} and {self._items.unit.shape[1]}"
             raise ValueError(f"q must have features of the dimension of the gallery, got {dims}")
         out = np.empty((len(q), len(self._items.unit) - 1), np.float32)
-        for i, query in enumerate(_unit(q.feats, np.arange(len(q)))):
+        for i, query in enumerate(_unit(q.feats)):
             self._items.unit[0] = query
             out[i] = self._with_query().numpy()
         return out
@@ -153,12 +154,16 @@ def expand(q: Features, g: Features, *, k: int = 5, alpha: float = 3.0) -> Featu
     if not 0 <= alpha < np.inf:
         raise ValueError(f"alpha must be at least 0 and finite, got {alpha}")
     ranks = search(q, g, k)
-    feats = _unit(q.feats, np.arange(len(q)))
-    gallery = _unit(g.feats, np.arange(len(g)))
+    feats = _unit(q.feats)
+    gallery = _unit(g.feats)
     for idx, sim in zip(torch.from_numpy(ranks.idx).T, torch.from_numpy(ranks.sim).T, strict=True):
         near = (sim > 0).nonzero()[:, 0]  # -inf where there are fewer than k
         feats[near] += sim[near, None] ** alpha * gallery[idx[near]]
-    return replace(q, feats=_unit(feats.numpy(), np.arange(len(q))).numpy())
+    return replace(q, feats=_unit(feats.numpy()).numpy())
+
+
+def _unit(feats: np.ndarray) -> Tensor:
+    return unit_vectors(feats)[: len(feats), : feats.shape[1]]
 
 
 def _check(k1: int, k2: int, weight: float) -> None:
@@ -227,8 +232,8 @@ def _vectors(q: Features, g: Features) -> _Vectors:
         dims = f"{q.feats.shape[1]} and {g.feats.shape[1]}"
         raise ValueError(f"q and g must have features of the same dimension, got {dims}")
     unit = torch.empty(len(q) + len(g), q.feats.shape[1])
-    unit[: len(q)] = _unit(q.feats, np.arange(len(q)))
-    unit[len(q) :] = _unit(g.feats, np.arange(len(g)))
+    unit[: len(q)] = _unit(q.feats)
+    unit[len(q) :] = _unit(g.feats)
     return _Vectors(unit)
 
 
