@@ -150,6 +150,22 @@ def test_published_figures_of_search():
     assert recall["10"] <= recall["100"] <= recall["1000"] and recall["1000"] > 0.9
 
 
+def test_published_figures_of_the_evaluator():
+    data = json.loads((RESULTS / "evaluate-cpu.json").read_text())
+    check_origin(data)
+    assert data["suite"] == "evaluate" and data["size"] == [3368, 19732, 750, 6]
+    for ranking in data["rankings"].values():
+        cpu = {(way["name"], way["threads"]): way["cpu_seconds"] for way in ranking["ways"]}
+        assert all(len(way["all_seconds"]) >= 3 for way in ranking["ways"])
+        for peer in ("torchreid_rank_cy", "fastreid_rank_cy", "NumPy argsort"):
+            assert cpu["reid3d, from the matrix", 2] * 2 < cpu[peer, 1]
+        exact = [ranking["differences"][name]["mAP"] for name in ("NumPy argsort", "torchreid_rank")]
+        assert max(exact) < 1e-9  # those who count in float64
+    peaks = {way["name"]: way["peak_mib"] for way in data["rankings"]["random"]["ways"]}
+    assert peaks["reid3d, from the matrix"] < 60
+    assert data["rankings"]["real"]["rank1"] > 0.8
+
+
 def test_a_short_run(device, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "SIZES", SMALL)
     monkeypatch.setattr(timing, "ROUNDS", 3)
