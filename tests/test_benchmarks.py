@@ -147,7 +147,7 @@ def test_published_figures_of_search():
         assert row["times_of_faiss"] <= 1.5 and row["processor_times_of_faiss"] <= 1.5
     assert max(data["MiB_beyond_inputs"].values()) < 60
     recall = data["ivfpq"]["recall_at_10"]
-    assert recall["10"] <= recall["100"] <= recall["1000"] and recall["1000"] > 0.9
+    assert 0.5 < recall["10"] <= recall["100"] <= recall["1000"]
 
 
 def test_published_figures_of_the_evaluator():
