@@ -203,7 +203,7 @@ def test_writing_over_a_shard_takes_its_manifest_away_first(shard, monkeypatch):
         raise OSError(28, "No space left on device")
 
     before = shard.read_bytes()
-    monkeypatch.setattr("reid3d.io._write_safetensors", full)
+    monkeypatch.setattr("reid3d.io.write_safetensors", full)
     with pytest.raises(OSError, match=f"No space left on device: '{shard}'"):
         write_shard(shard, [cloud(2)], [record(2)], config={})
     assert [path.name for path in shard.parent.iterdir()] == [shard.name]
