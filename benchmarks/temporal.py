@@ -2,9 +2,9 @@
 
     python benchmarks/temporal.py benchmarks/results/temporal-cpu.json RUN CLOUDS [--shuffles 5]
 
-RUN is a trained run, CLOUDS a converted world, such as run_ognet_6_0 and clouds in the folder of benchmarks/networks.py.
-Scores are lifted as they are and re-ranked, with the world's times, and with the times of each camera's images dealt out
-anew among them, several times.
+RUN is a trained run, CLOUDS a converted world, such as run_ognet_6_0 and clouds in the folder of
+benchmarks/networks.py. Scores are lifted as they are and re-ranked, with the world's times, and with the times of each
+camera's images dealt out anew among them, several times.
 """
 
 import argparse

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from . import __version__
 JSON_HELP = "write the figures as JSON too"
 CALIBRATION = "calibration.json"  # beside the weights
 RATES = (0.01, 0.001)  # of false matches
+CLOCKS = ("frames", "seconds", "market-continuous", "market-official", "duke")
 KNOBS = {  # of a synthetic world
     "ids": "identities, half of them for training",
     "cams": "cameras",
@@ -170,6 +171,11 @@ def _parser() -> _Parser:
     _number(evaluate, "--points", None, "points per cloud (default: as trained)")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
     evaluate.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
+    more = evaluate.add_argument_group("what else is scored")
+    rerank_help = "k-reciprocal re-ranking (default: off)"
+    more.add_argument("--rerank", action="store_true", help=rerank_help)
+    clock_help = "TLift by the times of the images, on this clock: see docs/retrieval.md (default: off)"
+    more.add_argument("--tlift", metavar="CLOCK", choices=CLOCKS, help=f"{', '.join(CLOCKS)}: {clock_help}")
     other = evaluate.add_argument_group("other ways to use it")
     rates_help = "find thresholds for these rates of false matches and write calibration.json beside the weights"
     other.add_argument("--calibrate", metavar="RATE", type=_rate, nargs="*", help=f"{rates_help} (default: 0.01 0.001)")
@@ -191,6 +197,8 @@ def _parser() -> _Parser:
     find.add_argument("--index", metavar="FILE", type=Path, help=index_help)
     save_help = "write the gallery's features, to search them again (default: not kept)"
     find.add_argument("--save", metavar="FEATURES", type=Path, help=save_help)
+    fmr_help = "say who is the same person, at this rate of false matches, one of reid3d eval --calibrate"
+    find.add_argument("--fmr", metavar="RATE", type=_rate, help=f"{fmr_help} (default: its lowest, if there is one)")
     find.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
     find.add_argument("--out", metavar="PAGE", type=Path, help="write an HTML page of the matches too")
     find.add_argument("--json", metavar="FILE", type=Path, help="write the matches as JSON too")
@@ -421,8 +429,9 @@ def _train(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     if options.matrix or options.on:
-        if options.weights or options.calibrate is not None or not (options.matrix and options.on):
-            message = "a matrix needs --matrix RUN... and --on DATA..., and no other RUN, DATA or --calibrate"
+        others = options.weights, options.features, options.rerank, options.tlift, options.calibrate is not None
+        if any(others) or not (options.matrix and options.on):
+            message = "a matrix needs --matrix RUN... and --on DATA..., and goes with --ap, --points and --json alone"
             raise _UsageError(f"{message} (see reid3d eval --help)")
         _eval_matrix(options)
         return
@@ -430,8 +439,9 @@ def _eval(options: argparse.Namespace) -> None:
         raise _UsageError("RUN_OR_WEIGHTS and DATA are needed, or --matrix and --on (see reid3d eval --help)")
     weights = _weights(options.weights)
     folder = options.features or weights.parent / "features"
-    model, points, query, gallery, result = _scored(weights, options.data, options, folder)
+    dataset, model, points, query, gallery, result = _scored(weights, options.data, options, folder)
     print(result)
+    after = {name: _figures(found) for name, found in _after(dataset, query, gallery, options)}
     print(f"features: {folder}")
     figures = {
         "weights": str(weights),
@@ -439,6 +449,7 @@ def _eval(options: argparse.Namespace) -> None:
         "data": str(options.data),
         "points": points,
         **_figures(result),
+        **({"after": after} if after else {}),
         "version": __version__,
     }
     if options.calibrate is not None:
@@ -486,7 +497,7 @@ def _weights(run: Path) -> Path:
 
 
 def _scored(weights: Path, data: Path, options: argparse.Namespace, folder: Path | None = None) -> tuple[Any, ...]:
-    """The model, the points it had of each cloud, the features of query and gallery, and their scores."""
+    """The data set, the model, its points of each cloud, the features of query and gallery, and how well they do."""
     from .data import open_dataset, validate_protocol
     from .models import create_model, resolve_device
     from .retrieval import evaluate, extract
@@ -511,7 +522,25 @@ def _scored(weights: Path, data: Path, options: argparse.Namespace, folder: Path
         for name in splits:  # all there before one is written: they belong together
             features[name].save(_feature_file(folder, name))
     result = evaluate(features["query"], features["gallery"], ap=options.ap)
-    return model, points, features["query"], features["gallery"], result
+    return dataset, model, points, features["query"], features["gallery"], result
+
+
+def _after(dataset: Any, query: Any, gallery: Any, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """What re-ranking and times make of it, printed: each alone and both, as far as they are asked for."""
+    from .retrieval import clock_seconds, evaluate, rerank, tlift
+
+    if options.rerank or options.tlift:
+        gallery = gallery.subset((gallery.pids != -1).nonzero()[0])  # junk is nobody's neighbour
+    seconds = clock_seconds(options.tlift, query, gallery, dataset.train)[:2] if options.tlift else None
+    ways = {"times": tlift(query, gallery, seconds=seconds)} if seconds else {}
+    if options.rerank:
+        ways["re-ranking"] = rerank(query, gallery)
+        if seconds:
+            ways["re-ranking and times"] = tlift(query, gallery, ways["re-ranking"], seconds=seconds)
+    for name, scores in ways.items():
+        result = evaluate(query, gallery, options.ap, scores=scores)
+        print(f"after {name}:\n{result}")
+        yield name, result
 
 
 def _figures(result: Any) -> dict[str, Any]:
@@ -563,12 +592,14 @@ def _search(options: argparse.Namespace) -> None:
                 if not (features.source and Path(features.source).is_dir()):
                     hint = f"were in {features.source}, which is not there" if features.source else "were not kept"
                     raise FileNotFoundError(f"--out shows clouds, and those of the {side} {hint}")
+        threshold = _threshold(options, query, gallery)
         ranks = search(query, gallery, options.k, cross_camera=options.cross_camera, device=device, index=options.index)
         found = [
             {
                 "query": query.names[row],
                 "matches": [
                     {"rank": place, "similarity": round(float(sim), 4), "name": gallery.names[item]}
+                    | ({"same_person": bool(sim >= threshold.similarity)} if threshold else {})
                     for place, (item, sim) in enumerate(zip(ranks.idx[row], ranks.sim[row], strict=True), 1)
                     if item >= 0
                 ],
@@ -576,12 +607,37 @@ def _search(options: argparse.Namespace) -> None:
             for row in range(len(query))
         ]
         _print_matches(found)
+        if threshold:
+            share = f"as {100 * threshold.false_match:.3g} % of the pairs of different people were"
+            print(f"same person: from similarity {threshold.similarity:.4f} on, {share}")
         if options.json:
-            _write_json(options.json, {"matches": found, "made_by": gallery.made_by, "version": __version__})
+            about = {"made_by": gallery.made_by, "version": __version__}
+            _write_json(
+                options.json, {"matches": found, "threshold": asdict(threshold) if threshold else None, **about}
+            )
         if options.out:
             from .viewer import view
 
             print(view(ranks, options.out))
+
+
+def _threshold(options: argparse.Namespace, query: Any, gallery: Any) -> Any:
+    """From which similarity on pairs are said to be one person; None where the run was not calibrated."""
+    from .retrieval import Calibration
+
+    file = _weights(options.weights).parent / CALIBRATION if options.weights else None
+    if file is None or not file.is_file():
+        if options.fmr:
+            raise FileNotFoundError("--fmr needs --weights RUN with a calibration: reid3d eval RUN DATA --calibrate")
+        return None
+    calibration = Calibration.load(file)
+    if {query.made_by, gallery.made_by} != {calibration.made_by}:
+        message = f"{file} is of other weights or points than these features: run reid3d eval --calibrate again"
+        if options.fmr:
+            raise ValueError(message)
+        print(f"reid3d: {message}", file=sys.stderr)
+        return None
+    return calibration.threshold(options.fmr)
 
 
 def _features(path: Path, side: str, folder: Path, model: Any, device: Any) -> Any:
@@ -639,9 +695,12 @@ def _print_matches(found: list[dict[str, Any]]) -> None:
     for one in found:
         if len(found) > 1:
             print(f"query {_printable(one['query'])}")
-        print("rank  similarity  name" if one["matches"] else "no match")
+        calibrated = any("same_person" in match for match in one["matches"])
+        head = "rank  similarity  same person  name" if calibrated else "rank  similarity  name"
+        print(head if one["matches"] else "no match")
         for match in one["matches"]:
-            print(f"{match['rank']:>4}  {match['similarity']:>10.4f}  {_printable(match['name'])}")
+            said = f"{'yes' if match['same_person'] else 'no':>11}  " if calibrated else ""
+            print(f"{match['rank']:>4}  {match['similarity']:>10.4f}  {said}{_printable(match['name'])}")
 
 
 def _printable(name: str) -> str:

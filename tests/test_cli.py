@@ -94,6 +94,8 @@ def test_help_and_version(capsys):
         (["eval", "run", "data", "--ap", "coco"], "argument --ap: invalid choice: 'coco'"),
         (["eval", "run"], "RUN_OR_WEIGHTS and DATA are needed"),
         (["eval", "run", "--matrix", "a", "--on", "b"], "a matrix needs --matrix RUN... and --on DATA..."),
+        (["eval", "--matrix", "a", "--on", "b", "--rerank"], "a matrix needs --matrix RUN... and --on DATA..."),
+        (["eval", "run", "data", "--tlift", "clock"], "argument --tlift: invalid choice: 'clock'"),
         (["eval", "--matrix", "a"], "a matrix needs --matrix RUN... and --on DATA..."),
         (["eval", "run", "data", "--calibrate", "1"], "argument --calibrate: must be above 0 and below 1, got 1"),
         (["eval", "run", "data", "--nonsense"], "unrecognized arguments: --nonsense"),
@@ -204,6 +206,73 @@ def test_thresholds_are_kept_beside_the_weights(run, capsys, tmp_path):
     code, _, err = call(capsys, "eval", tmp_path / "run", clouds, "--calibrate", "1e-7")
     assert code == 1 and "fmr must be at least 30 of the " in one_error(err)
     assert reid3d.retrieval.Calibration.load(file) == found
+
+
+def test_what_re_ranking_and_times_make_of_it(run, data, capsys, tmp_path):
+    def scores(*more):
+        code, out, err = call(
+            capsys, "eval", run, data, "--features", tmp_path / "f", "--json", tmp_path / "e.json", *more
+        )
+        assert code == 0, err
+        figures = json.loads((tmp_path / "e.json").read_text())
+        heads = [line.removeprefix("after ").rstrip(":") for line in out.splitlines() if line.startswith("after ")]
+        assert heads == list(figures.get("after", {}))
+        return figures
+
+    assert "after" not in scores()
+    both = scores("--rerank", "--tlift", "frames")
+    assert list(both["after"]) == ["times", "re-ranking", "re-ranking and times"]
+    assert scores("--rerank")["after"] == {"re-ranking": both["after"]["re-ranking"]}
+    assert scores("--tlift", "frames")["after"] == {"times": both["after"]["times"]}
+    query, gallery = (reid3d.Features.load(tmp_path / "f" / f"{side}.safetensors") for side in ("query", "gallery"))
+    assert (gallery.pids == -1).any()
+    gallery = gallery.subset((gallery.pids != -1).nonzero()[0])
+    scored = reid3d.tlift(query, gallery, reid3d.rerank(query, gallery))
+    result = reid3d.evaluate(query, gallery, scores=scored)
+    assert both["after"]["re-ranking and times"]["mAP"] == result.mAP
+
+
+def test_search_says_who_is_the_same(run, capsys, tmp_path):
+    clouds = write_capsules(tmp_path / "clouds", ids=40)
+    shutil.copytree(run, tmp_path / "run")
+    argv = (
+        "search",
+        "--query",
+        clouds,
+        "--gallery",
+        clouds,
+        "--weights",
+        tmp_path / "run",
+        "-k",
+        "4",
+        "--cross-camera",
+    )
+    json_file = tmp_path / "found.json"
+    code, _, err = call(capsys, *argv, "--fmr", "0.05")
+    assert code == 1 and "--fmr needs --weights RUN with a calibration" in one_error(err)
+    assert call(capsys, "eval", tmp_path / "run", clouds, "--calibrate", "0.2", "0.05")[0] == 0
+    rows = reid3d.retrieval.Calibration.load(tmp_path / "run" / "calibration.json").thresholds
+    for more, row in (((), rows[1]), (("--fmr", "0.2"), rows[0])):
+        code, out, err = call(capsys, *argv, "--json", json_file, *more)
+        assert code == 0, err
+        assert f"same person: from similarity {row.similarity:.4f} on" in out.splitlines()[-1]
+        assert out.splitlines()[1] == "rank  similarity  same person  name"
+        found = json.loads(json_file.read_text())
+        assert found["threshold"]["fmr"] == row.fmr
+        said = [(match["similarity"], match["same_person"]) for one in found["matches"] for match in one["matches"]]
+        assert {same for _, same in said} == {True, False}
+        assert all(same == (sim >= row.similarity) for sim, same in said if abs(sim - row.similarity) > 1e-4)
+        assert out.count("          yes  ") == sum(same for _, same in said)
+    code, _, err = call(capsys, *argv, "--fmr", "0.5")
+    assert code == 1 and "fmr must be one that was calibrated (0.2, 0.05), got 0.5" in one_error(err)
+    # Of other weights it says nothing.
+    save_weights(
+        create_model("ognet_small", **SMALL), tmp_path / "run" / "model.safetensors", trained_on='{"points": 150}'
+    )
+    code, out, err = call(capsys, *argv)
+    assert code == 0 and "same person" not in out and "is of other weights or points than these features" in err
+    code, _, err = call(capsys, *argv, "--fmr", "0.2")
+    assert code == 1 and "run reid3d eval --calibrate again" in one_error(err)
 
 
 def test_eval_of_a_published_checkpoint(data, capsys, tmp_path):

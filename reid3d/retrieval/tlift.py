@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -85,7 +85,7 @@ def tlift(
     g: Features,
     scores: np.ndarray | None = None,
     *,
-    seconds: tuple[np.ndarray, np.ndarray] | None = None,
+    seconds: Sequence[np.ndarray] | None = None,
     tau: float = 100.0,
     sigma: float = 200.0,
     k: int = 10,
@@ -120,6 +120,8 @@ def tlift(
     _check_cameras(q)
     _check_cameras(g)
     given = clock_seconds("frames", q, g) if seconds is None else seconds
+    if len(given) != 2:
+        raise ValueError(f"seconds must be two arrays, of q and of g, got {len(given)}")
     q_times, g_times = (np.asarray(times, np.float64) for times in given)
     for name, times, n in (("q", q_times, len(q)), ("g", g_times, len(g))):
         if times.shape != (n,) or not np.isfinite(times).all():

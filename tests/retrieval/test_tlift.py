@@ -182,6 +182,8 @@ def test_errors():
     for bad in (np.zeros(2), np.array([0, 1, np.nan])):
         with pytest.raises(ValueError, match=r"seconds of g must be \(3,\) finite numbers, got shape"):
             tlift(q, g, scores, seconds=(np.zeros(2), bad))
+    with pytest.raises(ValueError, match="seconds must be two arrays, of q and of g, got 3"):
+        tlift(q, g, scores, seconds=clock_seconds("frames", q, g, q))
     with pytest.raises(ValueError, match="clock must be 'frames', .* got 'market'"):
         clock_seconds("market", q)
     with pytest.raises(ValueError, match="camids must be from 1 to 8 for the clock 'duke', got \\[1 9\\]"):
