@@ -18,6 +18,7 @@ FRAME_RATE = 25.0  # of Market-1501, and of synthetic worlds
 DUKE_RATE = 59.94
 DUKE_START = (5542, 3606, 27243, 31181, 0, 22401, 18967, 46765)  # frames, of cameras 1 to 8
 _BLOCK = 2**20  # values held at once
+_WIDTH = 0.2  # of a cosine below 1, over which a score falls to 1/e; see benchmarks/temporal.py
 
 
 class Timed(Protocol):
@@ -99,9 +100,11 @@ def tlift(
     pivots of exp(-dt**2 / sigma**2). The query's own camera is lifted like the others. So the published code; the paper
     leaves open what is tied or found twice.
 
-    scores: (Q, G) float32 in [0, 1], of any model, such as those of `reid3d.rerank`; None takes the cosine similarity,
-    and 0 where it is negative, so that scores keep their proportions to each other. seconds: the times of q, (Q,), and
-    of g, (G,), which need to agree within a camera only; None is clock_seconds("frames", q, g).
+    scores: (Q, G) float32 in [0, 1], of any model, such as those of `reid3d.rerank`. They are multiplied by up to
+    (1 + alpha) / alpha, so a match must be several times as large as another item: of cosines it is not. None takes
+    exp((cos - 1) / 0.2) = exp(-d**2 / 0.4), d the distance of unit vectors; QAConv, which the method comes from, has
+    sigmoids. seconds: the times of q, (Q,), and of g, (G,), which need to agree within a camera only; None is
+    clock_seconds("frames", q, g).
 
     Identities are not looked at, so everybody in g can be a pivot: to compare with published figures leave junk out of
     g beforehand. Memory beyond inputs and result: a copy of one camera's scores and a few blocks of 2**20 values.
@@ -127,7 +130,7 @@ def tlift(
         if times.shape != (n,) or not np.isfinite(times).all():
             raise ValueError(f"seconds of {name} must be ({n},) finite numbers, got shape {times.shape}")
     if scores is None:
-        out = scores = _cosine(q, g)
+        out = scores = _kernel(q, g)
     else:
         _check_scores(scores, len(q), len(g))
         out = np.empty_like(scores)
@@ -174,10 +177,10 @@ def _pivots(scores: Tensor, seconds: Tensor, tau: float, k: int) -> Iterator[tup
         yield part, column[entry[chosen]], count.cumsum(0) - count
 
 
-def _cosine(q: Features, g: Features) -> np.ndarray:
+def _kernel(q: Features, g: Features) -> np.ndarray:
     out = np.empty((len(q), len(g)), np.float32)
     for rows, block in similarity_blocks(q.feats, g.feats):
-        out[rows] = block.clamp_(min=0).numpy()
+        out[rows] = block.sub_(1).div_(_WIDTH).exp_().numpy()
     return out
 
 

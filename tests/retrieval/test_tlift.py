@@ -118,9 +118,9 @@ def test_the_order_changes_nothing_and_the_scores_stay():
     np.testing.assert_array_equal(scores, kept)
 
 
-def test_scores_are_cosines_where_none_are_given():
+def test_scores_fall_with_the_squared_distance_where_none_are_given():
     q, g = seen([1], [0], angle(0)), seen([2, 2, 3], [0, 0, 0], angle(60, 120, 0))
-    np.testing.assert_allclose(tlift(q, g), [[1.2 * 0.5, 0, 1.2]], atol=1e-6)
+    np.testing.assert_allclose(tlift(q, g), 1.2 * np.exp([[-0.5 / 0.2, -1.5 / 0.2, 0]]), rtol=1e-5)
 
 
 def test_empty_sides():
