@@ -166,6 +166,31 @@ def test_published_figures_of_the_evaluator():
     assert data["rankings"]["real"]["rank1"] > 0.8
 
 
+def test_published_figures_of_networks():
+    data = json.loads((RESULTS / "networks-cpu.json").read_text())
+    check_origin(data)
+    assert data["suite"] == "networks" and data["world"] == "standard" and data["epochs"] == 6
+    for name, found in data["networks"].items():
+        runs = found["runs"]
+        assert len({run["seed"] for run in runs}) == len(runs), name
+        assert not any(run["commit"].endswith("-dirty") for run in runs)
+        for key in ("rank1", "mAP"):
+            assert found[key] == pytest.approx(sum(run[key] for run in runs) / len(runs), abs=1e-4)
+    scores = {name: [run["mAP"] for run in found["runs"]] for name, found in data["networks"].items()}
+    assert {"ognet", "ognet_strong", "pointnet2_msg"} <= set(scores)
+    assert min(scores["ognet_strong"]) > max(scores["ognet"])
+
+
+def test_published_figures_of_times():
+    data = json.loads((RESULTS / "temporal-cpu.json").read_text())
+    check_origin(data)
+    assert data["suite"] == "temporal" and data["shuffles"] >= 3
+    for name in ("cosine", "re-ranked"):
+        alone, lifted = data[name]["alone"]["rank1"], data[name]["lifted"]["rank1"]
+        assert lifted >= alone + 0.05, name
+        assert max(one["rank1"] for one in data[name]["lifted by shuffled times"]["all"]) <= alone
+
+
 def test_a_short_run(device, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "SIZES", SMALL)
     monkeypatch.setattr(timing, "ROUNDS", 3)
