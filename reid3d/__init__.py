@@ -48,8 +48,8 @@ __all__ = [*_HOMES, "ops"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return import_module("reid3d.ops")
+    if name in ("ops", "retrieval"):
+        return import_module(f"reid3d.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'reid3d' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)

@@ -177,7 +177,7 @@ def _parser() -> _Parser:
     clock_help = "TLift by the times of the images, on this clock: see docs/retrieval.md (default: off)"
     more.add_argument("--tlift", metavar="CLOCK", choices=CLOCKS, help=f"{', '.join(CLOCKS)}: {clock_help}")
     other = evaluate.add_argument_group("other ways to use it")
-    rates_help = "find thresholds for these rates of false matches and write calibration.json beside the weights"
+    rates_help = "after RUN and DATA: find thresholds for these rates of false matches, for calibration.json beside RUN"
     other.add_argument("--calibrate", metavar="RATE", type=_rate, nargs="*", help=f"{rates_help} (default: 0.01 0.001)")
     matrix_help = "without RUN and DATA: score each of these runs on each data set of --on, the table of the papers"
     other.add_argument("--matrix", metavar="RUN", nargs="+", type=Path, help=f"{matrix_help} (default: off)")
@@ -431,7 +431,10 @@ def _eval(options: argparse.Namespace) -> None:
     if options.matrix or options.on:
         others = options.weights, options.features, options.rerank, options.tlift, options.calibrate is not None
         if any(others) or not (options.matrix and options.on):
-            message = "a matrix needs --matrix RUN... and --on DATA..., and goes with --ap, --points and --json alone"
+            message = (
+                "a matrix needs --matrix RUN... and --on DATA..., and no RUN, DATA, --features, --calibrate, --rerank"
+            )
+            message += " or --tlift"
             raise _UsageError(f"{message} (see reid3d eval --help)")
         _eval_matrix(options)
         return
@@ -439,28 +442,40 @@ def _eval(options: argparse.Namespace) -> None:
         raise _UsageError("RUN_OR_WEIGHTS and DATA are needed, or --matrix and --on (see reid3d eval --help)")
     weights = _weights(options.weights)
     folder = options.features or weights.parent / "features"
+    if options.tlift:  # before hours of extraction
+        from .data import open_dataset
+        from .retrieval import clock_seconds
+
+        dataset = open_dataset(options.data)
+        clock_seconds(options.tlift, *_timed(options.tlift, dataset.query, dataset.gallery, dataset))
     dataset, model, points, query, gallery, result = _scored(weights, options.data, options, folder)
-    print(result)
-    after = {name: _figures(found) for name, found in _after(dataset, query, gallery, options)}
-    print(f"features: {folder}")
     figures = {
         "weights": str(weights),
         "trained_on": str(model.trained_on),
         "data": str(options.data),
         "points": points,
         **_figures(result),
-        **({"after": after} if after else {}),
         "version": __version__,
     }
+
+    def save() -> None:  # after each part: what is known does not depend on what comes
+        if options.json:
+            _write_json(options.json, figures)
+
+    print(result)
+    print(f"features: {folder}")
+    save()
+    for name, found in _after(dataset, query, gallery, options):
+        figures.setdefault("after", {})[name] = _figures(found)
+        save()
     if options.calibrate is not None:
         from .retrieval import calibrate
 
-        found = calibrate(query, gallery, options.calibrate or RATES)
-        found.save(weights.parent / CALIBRATION)
-        print(f"{found}\ncalibration: {weights.parent / CALIBRATION}")
-        figures["calibration"] = asdict(found)
-    if options.json:
-        _write_json(options.json, figures)
+        thresholds = calibrate(query, gallery, options.calibrate or RATES)
+        thresholds.save(weights.parent / CALIBRATION)
+        print(f"{thresholds}\ncalibration: {weights.parent / CALIBRATION}")
+        figures["calibration"] = asdict(thresholds)
+        save()
 
 
 def _eval_matrix(options: argparse.Namespace) -> None:
@@ -531,7 +546,9 @@ def _after(dataset: Any, query: Any, gallery: Any, options: argparse.Namespace) 
 
     if options.rerank or options.tlift:
         gallery = gallery.subset((gallery.pids != -1).nonzero()[0])  # junk is nobody's neighbour
-    seconds = clock_seconds(options.tlift, query, gallery, dataset.train)[:2] if options.tlift else None
+    seconds = (
+        clock_seconds(options.tlift, *_timed(options.tlift, query, gallery, dataset))[:2] if options.tlift else None
+    )
     ways = {"times": tlift(query, gallery, seconds=seconds)} if seconds else {}
     if options.rerank:
         ways["re-ranking"] = rerank(query, gallery)
@@ -541,6 +558,11 @@ def _after(dataset: Any, query: Any, gallery: Any, options: argparse.Namespace) 
         result = evaluate(query, gallery, options.ap, scores=scores)
         print(f"after {name}:\n{result}")
         yield name, result
+
+
+def _timed(clock: str, query: Any, gallery: Any, dataset: Any) -> tuple[Any, ...]:
+    """What the clock of a data set is made of: Market-1501's sessions are as long as the train split says, too."""
+    return (query, gallery, dataset.train) if clock.startswith("market") else (query, gallery)
 
 
 def _figures(result: Any) -> dict[str, Any]:
@@ -568,8 +590,10 @@ def _search(options: argparse.Namespace) -> None:
     for side, path in sides.items():
         if not path.exists():
             raise FileNotFoundError(f"no such {side}: {path}")
-        if path.is_dir() and _feature_file(path, side).is_file():  # as reid3d eval leaves it
-            sides[side] = _feature_file(path, side)
+        for folder in (path, path / "features"):  # as reid3d eval leaves them, also beside the weights of a run
+            if _feature_file(folder, side).is_file():
+                sides[side] = _feature_file(folder, side)
+                break
     made = [path for path in sides.values() if path.suffix != ".safetensors"]
     if made and not options.weights:
         raise _UsageError(f"--weights is needed: {made[0]} is not a feature file (see reid3d search --help)")
@@ -578,7 +602,13 @@ def _search(options: argparse.Namespace) -> None:
     from .models import create_model, resolve_device
     from .retrieval import search
 
-    device = resolve_device(options.device)
+    device, calibration = resolve_device(options.device), _calibration(options)
+    if options.index and not options.index.is_file():
+        raise FileNotFoundError(
+            f"no such index: {options.index} (reid3d export-features GALLERY {options.index} makes it)"
+        )
+    if options.save:
+        options.save.parent.mkdir(parents=True, exist_ok=True)
     model = create_model(weights=_weights(options.weights)) if made else None
     with TemporaryDirectory() as folder:
         query, gallery = (_features(path, side, Path(folder), model, device) for side, path in sides.items())
@@ -592,7 +622,7 @@ def _search(options: argparse.Namespace) -> None:
                 if not (features.source and Path(features.source).is_dir()):
                     hint = f"were in {features.source}, which is not there" if features.source else "were not kept"
                     raise FileNotFoundError(f"--out shows clouds, and those of the {side} {hint}")
-        threshold = _threshold(options, query, gallery)
+        threshold = _threshold(options, calibration, query, gallery)
         ranks = search(query, gallery, options.k, cross_camera=options.cross_camera, device=device, index=options.index)
         found = [
             {
@@ -621,8 +651,8 @@ def _search(options: argparse.Namespace) -> None:
             print(view(ranks, options.out))
 
 
-def _threshold(options: argparse.Namespace, query: Any, gallery: Any) -> Any:
-    """From which similarity on pairs are said to be one person; None where the run was not calibrated."""
+def _calibration(options: argparse.Namespace) -> Any:
+    """What reid3d eval --calibrate left beside the weights, with the rate that was asked for; None where it did not."""
     from .retrieval import Calibration
 
     file = _weights(options.weights).parent / CALIBRATION if options.weights else None
@@ -631,8 +661,17 @@ def _threshold(options: argparse.Namespace, query: Any, gallery: Any) -> Any:
             raise FileNotFoundError("--fmr needs --weights RUN with a calibration: reid3d eval RUN DATA --calibrate")
         return None
     calibration = Calibration.load(file)
+    calibration.threshold(options.fmr)
+    return calibration
+
+
+def _threshold(options: argparse.Namespace, calibration: Any, query: Any, gallery: Any) -> Any:
+    """From which similarity on pairs are said to be one person; None where that is not known."""
+    if calibration is None:
+        return None
     if {query.made_by, gallery.made_by} != {calibration.made_by}:
-        message = f"{file} is of other weights or points than these features: run reid3d eval --calibrate again"
+        message = "the calibration is of other weights or points than these features: "
+        message += "run reid3d eval --calibrate again, with points as trained"
         if options.fmr:
             raise ValueError(message)
         print(f"reid3d: {message}", file=sys.stderr)
@@ -649,7 +688,7 @@ def _features(path: Path, side: str, folder: Path, model: Any, device: Any) -> A
         features = Features.load(path, mmap=True)
     else:
         clouds = path
-        if not (path.is_dir() and any(path.glob("[!.]*.safetensors"))):
+        if not (path.is_dir() and any(shard.with_suffix(".jsonl").is_file() for shard in path.glob("*.safetensors"))):
             clouds = folder / side
             _convert_images(path, clouds)
         dataset = open_dataset(clouds)
@@ -714,6 +753,8 @@ def _export_features(options: argparse.Namespace) -> None:
         )
     from .retrieval import Features, build_index
 
+    if options.features.is_dir():
+        raise ValueError(f"{options.features} is a folder: give a feature file, such as gallery.safetensors in it")
     features = Features.load(options.features, mmap=True)
     if options.out.suffix == ".faiss":
         build_index(features, options.out)

@@ -203,8 +203,10 @@ def test_thresholds_are_kept_beside_the_weights(run, capsys, tmp_path):
     query = reid3d.Features.load(tmp_path / "run" / "features" / "query.safetensors")
     assert found.made_by == query.made_by and [row.fmr for row in found.thresholds] == [0.1, 0.05]
     assert json.loads((tmp_path / "e.json").read_text())["calibration"]["thresholds"][1]["fmr"] == 0.05
-    code, _, err = call(capsys, "eval", tmp_path / "run", clouds, "--calibrate", "1e-7")
+    (tmp_path / "e.json").unlink()
+    code, _, err = call(capsys, *argv[:4], "1e-7", *argv[-2:])
     assert code == 1 and "fmr must be at least 30 of the " in one_error(err)
+    assert "calibration" not in json.loads((tmp_path / "e.json").read_text())  # what was found is kept
     assert reid3d.retrieval.Calibration.load(file) == found
 
 
@@ -473,6 +475,10 @@ def test_search_among_photos(photos, run, capsys, tmp_path):
     features = reid3d.Features.load(saved)
     assert features.names == [f"photo {i}.jpg" for i in range(5)] and features.source == ""
 
+    shutil.copytree(photos, tmp_path / "photos")
+    shutil.copy(saved, tmp_path / "photos")  # does not make it a folder of clouds
+    assert call(capsys, *argv, "--gallery", tmp_path / "photos")[1].splitlines() == [header, first, *others]
+
     code, again, err = call(capsys, *argv, "--gallery", saved, "--json", tmp_path / "found.json")
     assert code == 0 and again.splitlines() == [header, first, *others], err
     (found,) = json.loads((tmp_path / "found.json").read_text())["matches"]
@@ -518,6 +524,12 @@ def test_search_by_an_index(run, capsys, tmp_path):
     assert call(capsys, *argv)[1] == out
     code, out, _ = call(capsys, *argv, "--cross-camera")
     assert code == 0 and "1.0000" not in out
+    none = tmp_path / "none.safetensors"
+    reid3d.Features.load(tmp_path / "g.safetensors").subset(known[:0]).save(none)
+    code, _, err = call(capsys, *argv[:3], "--gallery", none, "--index", index)
+    assert code == 1 and "index must be of the gallery's 0 items" in one_error(err)
+    code, _, err = call(capsys, "export-features", tmp_path, tmp_path / "g.npy")
+    assert code == 1 and "is a folder: give a feature file" in one_error(err)
     npy = tmp_path / "g.npy"
     assert call(capsys, "export-features", tmp_path / "g.safetensors", npy)[1] == f"{npy}\n{npy.with_suffix('.csv')}\n"
     assert np.load(npy).shape == (400, 16)

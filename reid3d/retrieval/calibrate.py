@@ -114,12 +114,13 @@ def calibrate(q: Features, g: Features, fmr: Sequence[float] = (1e-2, 1e-3), *, 
     """The lowest thresholds that keep the share of false matches among query-gallery pairs of different people at or
     below each of `fmr`, to 1/32768.
 
-    Pairs are those of `evaluate`: no junk (pid -1), no pair of one person in one camera. Distractors (pid 0) are
-    nobody's match. The people should not have been trained on, and as like as possible to those that will be searched:
-    rates hold for galleries where pairs come about as they do here. Intervals are percentiles of 2,000 draws of as many
-    people, with replacement, distractors left as they are.
+    Pairs are those of `evaluate`, of queries that show a person: no junk (pid -1), no pair of one person in one camera.
+    Distractors (pid 0) are nobody's match. The people should not have been trained on, and as like as possible to those
+    that will be searched: rates hold for galleries where pairs come about as they do here. Intervals are percentiles of
+    2,000 draws of as many people, with replacement, distractors left as they are.
 
-    Time is twice that of `evaluate`; memory beyond its own is 24 bytes a false match at the highest rate.
+    Time is twice that of `evaluate`; memory beyond its own is some 32 kB a person and 100 bytes a false match at the
+    highest rate.
 
     Raises: as `evaluate`; ValueError for no rates or rates outside (0, 1), a rate that would rest on fewer than 30
         false matches, and fewer than 10 people.
@@ -135,6 +136,8 @@ def calibrate(q: Features, g: Features, fmr: Sequence[float] = (1e-2, 1e-3), *, 
     people = people[people > 0]
     if len(people) < LEAST_PEOPLE:
         raise ValueError(f"at least {LEAST_PEOPLE} people are needed for intervals, got {len(people)}")
+    if not pairs.found[q.pids > 0].any():
+        raise ValueError("no query that shows a person (pid > 0) has a match")
     a, b = _places(people, q.pids), _places(people, pids)
 
     def blocks() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
@@ -172,6 +175,7 @@ def calibrate(q: Features, g: Features, fmr: Sequence[float] = (1e-2, 1e-3), *, 
         row, column = (other & (step >= limits[0])).nonzero(as_tuple=True)
         false.append(torch.stack((who[row], b[column], step[row, column])))
     ends = torch.cat(false, dim=1)
+    del false
 
     # How often each person is in each draw; the first one is everybody once. Distractors always are.
     draws = torch.ones(_RESAMPLES + 1, len(people) + 1, dtype=torch.float64)
@@ -179,7 +183,7 @@ def calibrate(q: Features, g: Features, fmr: Sequence[float] = (1e-2, 1e-3), *, 
     draws[1:, :-1] = torch.from_numpy(anew)
     of_q, of_g = (torch.bincount(place, minlength=len(people) + 1).double() for place in (a, b))
     of_q[-1] = 0
-    total = draws @ of_q * (draws @ of_g) - draws.square() @ (of_q * of_g)
+    total = torch.cat([part @ of_q * (part @ of_g) - part.square() @ (of_q * of_g) for part in draws.split(_AT_ONCE)])
     thresholds = []
     for rate, limit, matched in zip(rates, limits, matches, strict=False):
         pair = ends[:2, ends[2] >= limit]

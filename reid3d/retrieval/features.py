@@ -203,6 +203,12 @@ def _mapped(path: str | Path) -> np.ndarray:
     return np.memmap(path, "<f4", mode="r", offset=8 + length + about["data_offsets"][0], shape=shape)
 
 
+def check_model(q: Features, g: Features) -> None:
+    """Raises: ValueError for features that are known to be of two models."""
+    if q.made_by and g.made_by and q.made_by != g.made_by:
+        raise ValueError(f"q and g must be features of one model, got made_by {q.made_by} and {g.made_by}")
+
+
 def extract(
     model: nn.Module,
     split: CloudSplit,

@@ -57,6 +57,7 @@ def build_index(g: Features, path: str | Path, *, lists: int | None = None, code
     codes = next(count for count in range(min(codes, dim), 0, -1) if dim % count == 0)
     index = faiss.index_factory(dim, f"IVF{lists},PQ{codes}x8", faiss.METRIC_INNER_PRODUCT)
     index.nprobe = min(probes, lists)
+    index.pq.cp.min_points_per_centroid = 1  # FAISS warns below 39 items a code, for each of the codes
     index.do_polysemous_training = False  # which takes most of the time, for a filter that is not used
     sample = min(n, max(_SAMPLE * lists, _LEAST * 39))  # as many as FAISS asks for
     rows = np.sort(np.random.default_rng(_SEED).choice(n, sample, replace=False))
@@ -76,35 +77,38 @@ def build_index(g: Features, path: str | Path, *, lists: int | None = None, code
 def shortlists(q: Features, g: Features, index: Any, count: int) -> Iterator[tuple[int, np.ndarray]]:
     """(row, ascending items of g) for each query, `count` items or as many as are found; arguments as of `search`."""
     faiss = _faiss()
-    if isinstance(index, (str, Path)):
-        index = _read(faiss, Path(index), g)
+    file = Path(index) if isinstance(index, (str, Path)) else None
+    index = index if file is None else _read(faiss, file)
     if (index.ntotal, index.d) != g.feats.shape:
         shape = f"{index.ntotal} items of dimension {index.d}"
         raise ValueError(f"index must be of the gallery's {len(g)} items of dimension {g.feats.shape[1]}, got {shape}")
+    if file is not None and _gallery(file) not in (None, _fingerprint(g)):
+        raise ValueError(f"index must be of this gallery, got that of another: {file}")
     for start in range(0, len(q), _STEP):
         _, found = index.search(_unit(q, slice(start, start + _STEP)), min(count, len(g)))
         for row, items in enumerate(found, start):
             yield row, np.sort(items[items >= 0])
 
 
-def _read(faiss: Any, path: Path, g: Features) -> Any:
+def _read(faiss: Any, path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no such index: {path} (reid3d export-features GALLERY {path} makes it)")
     try:
-        index = faiss.read_index(str(path))
+        return faiss.read_index(str(path))
     except RuntimeError as error:
         raise ValueError(f"{path} is not an index of FAISS") from error
+
+
+def _gallery(path: Path) -> str | None:
+    """The fingerprint in the last line of an index file; None where it was not made here."""
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - _TRAILER))
         last = file.read().rstrip(b"\n").rpartition(b"\n")[2]
     try:
         note = json.loads(last)
-        made_here = note["format"] == FORMAT
-    except (ValueError, TypeError, KeyError):  # the index is not from here
-        made_here = False
-    if made_here and note["gallery"] != _fingerprint(g):
-        raise ValueError(f"index must be of this gallery, got that of another: {path}")
-    return index
+        return str(note["gallery"]) if note["format"] == FORMAT else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _fingerprint(g: Features) -> str:

@@ -91,8 +91,8 @@ def evaluate(
     """Rank the gallery for each query by similarity and score the order.
 
     Gallery items with pid -1 (junk) are dropped. For each query the items of its pid and its camera are removed; a
-    camid of -1 is unknown and removes nothing. Pid 0 (distractors) stays. A query without a match left is skipped in
-    every mean and shows in num_valid.
+    camid of -1 is unknown and removes nothing. Pid 0 (distractors) stays; queries should have none. A query
+    without a match left is skipped in every mean and shows in num_valid.
 
     Args:
         q, g: queries and gallery. Their features are compared by cosine.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .features import Features
+from .features import Features, check_model
 from .search import similarity_blocks
 
 _BLOCK = 2**20  # scores, or slots for matches, looked at at once
@@ -41,8 +41,8 @@ class Pairs:
                 raise ValueError(f"{name} must name each image once, got {twice} more than once")
         if scores is not None:
             _check_scores(scores, len(q), len(g), multi_query)
-        elif q.made_by and g.made_by and q.made_by != g.made_by:
-            raise ValueError(f"q and g must be features of one model, got those of {q.made_by} and {g.made_by}")
+        else:
+            check_model(q, g)
         self.kept = np.flatnonzero(g.pids != -1)
         if not len(self.kept):
             raise ValueError(f"gallery must not be all junk (pid -1), got {len(g)} of {len(g)} items")

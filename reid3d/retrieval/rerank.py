@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .features import Features
+from .features import Features, check_model
 from .search import search, unit_vectors
 
 _BLOCK = 2**22  # distances, or entries of what is computed from them, held at once
 _TILE = 2**11  # items whose distances from as many others are one matrix product: wider ones miss the cache
-_LEAST_ROWS = 4  # of a product: fewer may round the last columns otherwise, and equal items would differ
+_NOISE = 1e-6  # of 1 - cos; distances that are all below it count as 0
+_LEAST_ROWS = 16  # of a product: fewer may round the last columns otherwise, and equal items would differ
 
 
 def rerank(
@@ -82,7 +83,7 @@ class GalleryGraph:
         _check(k1, k2, weight)
         if not len(g):
             raise ValueError("g must not be empty")
-        self.k1, self.k2, self.weight = k1, k2, weight
+        self.k1, self.k2, self.weight, self._made_by = k1, k2, weight, g.made_by
         # The query is item 0, as in rerank, and the gallery follows. Until it comes it is nobody's neighbour.
         unit = torch.zeros(len(g) + 1, g.feats.shape[1])
         unit[1:] = _unit(g.feats)
@@ -102,6 +103,8 @@ class GalleryGraph:
 
     def rerank(self, q: Features) -> np.ndarray:
         """(Q, G) float32 scores in [0, 1]. Raises: ValueError when the feature dimensions differ."""
+        if self._made_by and q.made_by and q.made_by != self._made_by:
+            raise ValueError(f"q must be features of the model of the gallery, got {q.made_by} and {self._made_by}")
         if q.feats.shape[1] != self._items.unit.shape[1]:
             dims = f"{q.feats.shape[1]} and {self._items.unit.shape[1]}"
             raise ValueError(f"q must have features of the dimension of the gallery, got {dims}")
@@ -216,7 +219,11 @@ class _Vectors:
                 yield rows, columns, self.block(rows, columns)
 
     def block(self, rows: slice, columns: slice) -> Tensor:
-        return -self.unit[rows] @ self.unit[columns].T
+        a, b = self.unit[rows], self.unit[columns]
+        if min(len(a), len(b)) < _LEAST_ROWS:
+            pad = [torch.nn.functional.pad(x, (0, 0, 0, max(0, _LEAST_ROWS - len(x)))) for x in (a, b)]
+            return (-pad[0] @ pad[1].T)[: len(a), : len(b)]
+        return -a @ b.T
 
     def pairs(self, a: Tensor, b: Tensor) -> Tensor:
         out = torch.empty(len(a))
@@ -228,6 +235,7 @@ class _Vectors:
 
 
 def _vectors(q: Features, g: Features) -> _Vectors:
+    check_model(q, g)
     if q.feats.shape[1] != g.feats.shape[1]:
         dims = f"{q.feats.shape[1]} and {g.feats.shape[1]}"
         raise ValueError(f"q and g must have features of the same dimension, got {dims}")
@@ -391,7 +399,7 @@ def _memberships(items: _Items, near: _Near, mutual: Tensor, rows: Tensor) -> _S
     count, column = torch.cat(counts), torch.cat(columns)
     of = torch.repeat_interleave(count)
     longest = near.farthest[rows]
-    longest[longest == 0] = 1  # all items are one
+    longest[longest <= _NOISE] = 1  # all items are one
     values = torch.exp(-torch.cat(distances) / longest[of])
     total = torch.zeros(len(rows)).index_add_(0, of, values)
     return _Sparse.of(count, column, values / total[of])
@@ -437,6 +445,6 @@ class _Columns:
 
 def _scores(shared: Tensor, direct: Tensor, farthest: Tensor, weight: float) -> Tensor:
     """(B, G), from the sums of shared memberships: of rows that sum to 1 each, so that all together is 2 - shared."""
-    farthest = torch.where(farthest == 0, 1, farthest)
+    farthest = torch.where(farthest <= _NOISE, 1, farthest)
     jaccard = shared / (2 - shared)
     return jaccard.mul_(1 - weight).add_(1 - direct / farthest[:, None], alpha=weight).clamp_(0, 1)

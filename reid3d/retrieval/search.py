@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .features import Features
+from .features import Features, check_model
 
 _BLOCK = 2**20  # similarities held at once, on a CPU
 _GPU = 64  # times as many on a GPU, which waits for a block to be copied to it
@@ -65,8 +65,7 @@ def search(
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     _check_dimensions(q.feats, g.feats)
-    if q.made_by and g.made_by and q.made_by != g.made_by:
-        raise ValueError(f"q and g must be features of one model, got made_by {q.made_by} and {g.made_by}")
+    check_model(q, g)
     where = torch.device(device or "cpu")
     idx = np.full((len(q), k), -1, np.int64)
     sim = np.full((len(q), k), -np.inf, np.float32)
@@ -102,7 +101,7 @@ def _nearest(
     query = unit_vectors(q.feats[rows]).to(device)
     idx = torch.full((n, k), -1, device=device)
     sim = torch.full((n, k), -torch.inf, device=device)
-    g_pids, g_camids = torch.from_numpy(g.pids), torch.from_numpy(g.camids)
+    g_pids, g_camids = (torch.from_numpy(values.copy()) for values in (g.pids, g.camids))  # strides may be negative
     for start in range(0, len(g), width):
         items = slice(start, min(start + width, len(g)))
         # The last block is as wide as the others, since products of other shapes may round otherwise.

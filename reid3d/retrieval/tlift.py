@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.layouts import FRAMES_PER_SESSION
-from .features import Features
+from .features import Features, check_model
 from .search import similarity_blocks
 
 Clock = Literal["frames", "seconds", "market-continuous", "market-official", "duke"]
@@ -18,6 +18,7 @@ FRAME_RATE = 25.0  # of Market-1501, and of synthetic worlds
 DUKE_RATE = 59.94
 DUKE_START = (5542, 3606, 27243, 31181, 0, 22401, 18967, 46765)  # frames, of cameras 1 to 8
 _BLOCK = 2**20  # values held at once
+_SLACK = 1e-6  # seconds
 _WIDTH = 0.2  # of a cosine below 1, over which a score falls to 1/e; see benchmarks/temporal.py
 
 
@@ -53,10 +54,10 @@ def clock_seconds(clock: Clock, *parts: Timed) -> list[np.ndarray]:
     known_times = []
     for part in parts:
         _check_cameras(part)
-        if part.times is None or (part.times < 0).any():
+        if part.times is None and len(part) or part.times is not None and (part.times < 0).any():
             many = len(part) if part.times is None else (part.times < 0).sum()
             raise ValueError(f"times must be known, got {many} of {len(part)} that are not")
-        known_times.append(part.times)
+        known_times.append(np.empty(0, np.int64) if part.times is None else part.times)
     if clock == "seconds":
         return [times.astype(np.float64) for times in known_times]
     if clock == "frames":
@@ -107,7 +108,8 @@ def tlift(
     clock_seconds("frames", q, g).
 
     Identities are not looked at, so everybody in g can be a pivot: to compare with published figures leave junk out of
-    g beforehand. Memory beyond inputs and result: a copy of one camera's scores and a few blocks of 2**20 values.
+    g beforehand. Memory beyond inputs and result: a copy of one camera's scores, a few of those of a pair of cameras,
+    and, where many scores are tied at the k-th, some 20 bytes for each of them.
 
     Raises: ValueError for tau or sigma <= 0, k < 1, alpha < 0, unknown cameras or times, shapes that differ, and scores
         or seconds that are not in range; TypeError for scores that are no float32 array.
@@ -130,6 +132,7 @@ def tlift(
         if times.shape != (n,) or not np.isfinite(times).all():
             raise ValueError(f"seconds of {name} must be ({n},) finite numbers, got shape {times.shape}")
     if scores is None:
+        check_model(q, g)
         out = scores = _kernel(q, g)
     else:
         _check_scores(scores, len(q), len(g))
@@ -161,6 +164,7 @@ def _pivots(scores: Tensor, seconds: Tensor, tau: float, k: int) -> Iterator[tup
     row, column = (scores >= best).nonzero(as_tuple=True)  # k of each row, and ties: no other can be a pivot
     value = scores[row, column]
     begin = torch.searchsorted(row, torch.arange(len(scores) + 1))
+    tau -= min(_SLACK, tau / 2)  # an item exactly tau away is not in it, however the difference is rounded
     first = begin[torch.searchsorted(seconds, seconds - tau, right=True)]
     last = begin[torch.searchsorted(seconds, seconds + tau)]
     width = int((last - first).max())

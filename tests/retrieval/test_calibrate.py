@@ -79,14 +79,14 @@ def test_intervals_are_those_of_people_drawn_anew(monkeypatch):
 
 
 def test_intervals_hold_what_other_people_give():
-    """Of 40 worlds with the same crowd's rates, the interval of one holds most of the others' rates."""
+    """Of 40 worlds of as many people, the interval of one holds most of the others' rates, and is not much too wide."""
     worlds = [crowd(seed, people=30, queries=60, gallery=120) for seed in range(40)]
     first = calibrate(*worlds[0], (0.1,))
     low, high = first.thresholds[0].false_match_interval
     at = first.thresholds[0].similarity
-    rates = [np.mean([s >= at for s, a, b in pairs(q, g) if a != b]) for q, g in worlds[1:20]]
-    assert np.mean([low <= rate <= high for rate in rates]) > 0.5
-    assert high - low < 0.1
+    rates = [np.mean([s >= at for s, a, b in pairs(q, g) if a != b]) for q, g in worlds[1:]]
+    held = np.mean([low <= rate <= high for rate in rates])
+    assert held > 0.6 and high - low < 3 * (np.quantile(rates, 0.975) - np.quantile(rates, 0.025)), held
 
 
 def test_order_block_and_junk_change_nothing(monkeypatch):

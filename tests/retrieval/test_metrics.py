@@ -506,7 +506,7 @@ def test_features_of_two_models_are_not_compared():
     q, g = (
         Features(np.ones((1, 2), np.float32), np.array([1]), np.array([n]), ["a"], made_by=f"model{n}") for n in (1, 2)
     )
-    with pytest.raises(ValueError, match="q and g must be features of one model, got those of model1 and model2"):
+    with pytest.raises(ValueError, match="q and g must be features of one model, got made_by model1 and model2"):
         evaluate(q, g)
     assert evaluate(q, g, scores=np.zeros((1, 1), np.float32)).mAP == 1
 

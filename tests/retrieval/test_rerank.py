@@ -1,5 +1,6 @@
 """Re-ranking against the definition, written as loops over items and sets; single queries; query expansion; errors."""
 
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -250,3 +251,17 @@ def test_errors():
         expand(q, g, alpha=-1)
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         expand(q, g, k=0)
+
+
+def test_features_of_two_models_are_refused():
+    q, g = (replace(features(np.eye(3), [1, 2, 3]), made_by=name) for name in "ab")
+    with pytest.raises(ValueError, match="q and g must be features of one model, got made_by a and b"):
+        rerank(q, g)
+    with pytest.raises(ValueError, match="q must be features of the model of the gallery, got a and b"):
+        GalleryGraph(g).rerank(q)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_identical_items_of_any_direction(seed):
+    one = np.random.default_rng(seed).standard_normal((1, 33)).repeat(30, 0)
+    np.testing.assert_allclose(rerank(features(one[:5], [1] * 5), features(one[5:], [1] * 25)), 1, atol=1e-6)

@@ -157,6 +157,15 @@ def test_seconds_of_any_kind():
     np.testing.assert_allclose(tlift(q, g, scores, seconds=seconds, tau=2, sigma=3, k=1), wanted, atol=1e-6)
 
 
+def test_who_is_exactly_tau_away_does_not_count():
+    """At 25 frames a second 2,500 frames are 100 s, which floating point has in some places only."""
+    for start in range(0, 4000, 7):
+        q, g = seen([1, 1], [start, start + 2500]), seen([2, 2], [0, 0])
+        scores = np.array([[0.9, 0.1], [0.2, 0.8]], np.float32)
+        alone = [tlift(q.subset(np.array([i])), g, scores[i : i + 1], k=1)[0] for i in range(2)]
+        np.testing.assert_array_equal(tlift(q, g, scores, k=1), alone)
+
+
 def test_errors():
     q, g = seen([1, 2], [3, 4]), seen([1, 2, 3], [3, 4, 5])
     scores = np.full((2, 3), 0.5, np.float32)
@@ -182,6 +191,8 @@ def test_errors():
     for bad in (np.zeros(2), np.array([0, 1, np.nan])):
         with pytest.raises(ValueError, match=r"seconds of g must be \(3,\) finite numbers, got shape"):
             tlift(q, g, scores, seconds=(np.zeros(2), bad))
+    with pytest.raises(ValueError, match="q and g must be features of one model, got made_by a and b"):
+        tlift(replace(q, made_by="a"), replace(g, made_by="b"))
     with pytest.raises(ValueError, match="seconds must be two arrays, of q and of g, got 3"):
         tlift(q, g, scores, seconds=clock_seconds("frames", q, g, q))
     with pytest.raises(ValueError, match="clock must be 'frames', .* got 'market'"):
