@@ -95,30 +95,35 @@ def _nearest(
     """idx and sim (n, k) of the n queries in `rows`, `width` items at a time.
 
     Items come in their order, so that only one of greater similarity can still take the place of the last that was
-    found. Few blocks have such an item for a query: only these rows are sorted.
+    found. A block has few of these, and only they are sorted.
     """
     n = rows.stop - rows.start
     query = unit_vectors(q.feats[rows]).to(device)
     idx = torch.full((n, k), -1, device=device)
     sim = torch.full((n, k), -torch.inf, device=device)
-    g_pids, g_camids = (torch.from_numpy(values.copy()) for values in (g.pids, g.camids))  # strides may be negative
+    pids, camids = (torch.from_numpy(values[rows].copy()).to(device) for values in (q.pids, q.camids))
     for start in range(0, len(g), width):
         items = slice(start, min(start + width, len(g)))
         # The last block is as wide as the others, since products of other shapes may round otherwise.
         block = unit_vectors(g.feats[items], least=min(width, len(g))).to(device)
         near = (block @ query.T)[: items.stop - start, :n]
-        better = (near.amax(0) > sim[:, -1]).nonzero()[:, 0]
-        if not len(better):
-            continue
-        both = torch.cat([sim[better], near[:, better].T.clamp(-1, 1)], 1)
+        item, row = (near > sim[:, -1]).nonzero(as_tuple=True)
         if cross_camera:
-            chosen = better.cpu().numpy() + rows.start
-            pids, camids = (torch.from_numpy(values[chosen]).unsqueeze(1) for values in (q.pids, q.camids))
-            same = (pids == g_pids[items]) & (camids == g_camids[items]) & (camids != -1)
-            both[:, k:][(same | (g_pids[items] == -1)).to(device)] = -torch.inf
-        place = order_keys(both).topk(k, largest=False).values & 0xFFFFFFFF
-        sim[better] = both.gather(1, place)
-        idx[better] = torch.where(place < k, idx[better].gather(1, place.clamp_max(k - 1)), place + (start - k))
+            g_pids, g_camids = (torch.from_numpy(v[items].copy()).to(device)[item] for v in (g.pids, g.camids))
+            same = (pids[row] == g_pids) & (camids[row] == g_camids) & (g_camids != -1)
+            counts = ~same & (g_pids != -1)
+            item, row = item[counts], row[counts]
+        if not len(row):
+            continue
+        row, order = row.sort(stable=True)  # of each query in the order of items
+        better, place, many = row.unique_consecutive(return_inverse=True, return_counts=True)
+        slot = k + torch.arange(len(row), device=device) - (many.cumsum(0) - many)[place]
+        both = torch.full((len(better), k + int(many.max())), -torch.inf, device=device)
+        known = torch.full(both.shape, -1, device=device)
+        both[:, :k], known[:, :k] = sim[better], idx[better]
+        both[place, slot], known[place, slot] = near[item[order], row].clamp(-1, 1), item[order] + start
+        first = order_keys(both).topk(k, largest=False).values & 0xFFFFFFFF
+        sim[better], idx[better] = both.gather(1, first), known.gather(1, first)
     return idx, sim
 
 
