@@ -1,7 +1,7 @@
 """Times exact search beside FAISS's flat index, and an IVF-PQ index with exact re-scoring beside exact search.
 
     python benchmarks/search.py benchmarks/results/search-cpu.json [--items 1000000] [--threads 1 2]
-                                [--index-items 1000000] [--folder /dev/shm]
+                                [--index-items 1000000] [--folder build/search]
 
 The features are synthetic, 512 numbers each: people have a middle drawn from a normal distribution, 50 images each
 stray from it, and queries are further images of them. The contenders of a case take turns, so that what else the
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="for files that are removed again")
+    parser.add_argument("--folder", type=Path, default=Path("build/search"), help="for files that are removed again")
     args = parser.parse_args()
     started = time.perf_counter()
     about = bench.environment("cpu", max(args.threads), 0.0, {})
@@ -160,6 +160,7 @@ def main() -> None:
     g = people(args.items, rng, middles)
     queries = {count: people(count, rng, middles) for count in args.queries}
     found: dict[str, Any] = {"suite": "search", "environment": about, "k": K, "dim": DIM, "stray": STRAY}
+    args.folder.mkdir(parents=True, exist_ok=True)
     files = [args.folder / f"search-{os.getpid()}{ending}" for ending in (".safetensors", ".faiss")]
     try:
         g.save(files[0])
