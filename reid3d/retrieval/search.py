@@ -72,7 +72,7 @@ def search(
     if index is None:
         most = min(k, len(g))
         size = _BLOCK if where.type == "cpu" else _GPU * _BLOCK
-        width = max(2 * most, size // max(1024, q.feats.shape[1]))  # items in a block
+        width = max(2 * most, size // max(512, q.feats.shape[1]))  # items in a block
         step = max(1, size // max(width + most, q.feats.shape[1]))  # queries in a block
         for start in range(0, len(q), step):
             rows = slice(start, min(start + step, len(q)))
@@ -107,21 +107,23 @@ def _nearest(
         # The last block is as wide as the others, since products of other shapes may round otherwise.
         block = unit_vectors(g.feats[items], least=min(width, len(g))).to(device)
         near = (block @ query.T)[: items.stop - start, :n]
-        item, row = (near > sim[:, -1]).nonzero(as_tuple=True)
+        hit = (near.amax(0) > sim[:, -1]).nonzero()[:, 0]  # queries that find better here, soon few
+        near = near.T[hit]
+        row, item = (near > sim[hit, -1:]).nonzero(as_tuple=True)
         if cross_camera:
             g_pids, g_camids = (torch.from_numpy(v[items].copy()).to(device)[item] for v in (g.pids, g.camids))
-            same = (pids[row] == g_pids) & (camids[row] == g_camids) & (g_camids != -1)
+            same = (pids[hit][row] == g_pids) & (camids[hit][row] == g_camids) & (g_camids != -1)
             counts = ~same & (g_pids != -1)
-            item, row = item[counts], row[counts]
+            row, item = row[counts], item[counts]
         if not len(row):
             continue
-        row, order = row.sort(stable=True)  # of each query in the order of items
-        better, place, many = row.unique_consecutive(return_inverse=True, return_counts=True)
+        found, place, many = row.unique_consecutive(return_inverse=True, return_counts=True)
         slot = k + torch.arange(len(row), device=device) - (many.cumsum(0) - many)[place]
+        better = hit[found]
         both = torch.full((len(better), k + int(many.max())), -torch.inf, device=device)
         known = torch.full(both.shape, -1, device=device)
         both[:, :k], known[:, :k] = sim[better], idx[better]
-        both[place, slot], known[place, slot] = near[item[order], row].clamp(-1, 1), item[order] + start
+        both[place, slot], known[place, slot] = near[row, item].clamp(-1, 1), item + start
         first = order_keys(both).topk(k, largest=False).values & 0xFFFFFFFF
         sim[better], idx[better] = both.gather(1, first), known.gather(1, first)
     return idx, sim
@@ -162,8 +164,9 @@ def unit_vectors(part: np.ndarray, least: int = 0) -> Tensor:
 
     Raises: ValueError for NaN or infinity.
     """
-    unit = torch.zeros(_filled(max(least, len(part))), _filled(part.shape[1]))
+    unit = torch.empty(_filled(max(least, len(part))), _filled(part.shape[1]))
     unit.numpy()[: len(part), : part.shape[1]] = part
+    unit[len(part) :], unit[:, part.shape[1] :] = 0, 0
     length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
     odd = ~((length >= _SHORTEST) & (length <= _LONGEST))[:, 0]
     if odd.any():
