@@ -13,6 +13,7 @@ from torch import Tensor
 from .features import Features, check_model
 
 _BLOCK = 2**20  # similarities held at once, on a CPU
+_FIRST = 256  # items of the first block looked at at a time
 _GPU = 64  # times as many on a GPU, which waits for a block to be copied to it
 # Matrix products may round the edges of a matrix, and unaligned rows, otherwise than the rest, and equal items would
 # differ. They do not with items as rows, and rows and columns filled up to a multiple of this, whatever the threads.
@@ -107,25 +108,29 @@ def _nearest(
         # The last block is as wide as the others, since products of other shapes may round otherwise.
         block = unit_vectors(g.feats[items], least=min(width, len(g))).to(device)
         near = (block @ query.T)[: items.stop - start, :n]
-        hit = (near.amax(0) > sim[:, -1]).nonzero()[:, 0]  # queries that find better here, soon few
-        near = near.T[hit]
-        row, item = (near > sim[hit, -1:]).nonzero(as_tuple=True)
-        if cross_camera:
-            g_pids, g_camids = (torch.from_numpy(v[items].copy()).to(device)[item] for v in (g.pids, g.camids))
-            same = (pids[hit][row] == g_pids) & (camids[hit][row] == g_camids) & (g_camids != -1)
-            counts = ~same & (g_pids != -1)
-            row, item = row[counts], item[counts]
-        if not len(row):
-            continue
-        found, place, many = row.unique_consecutive(return_inverse=True, return_counts=True)
-        slot = k + torch.arange(len(row), device=device) - (many.cumsum(0) - many)[place]
-        better = hit[found]
-        both = torch.full((len(better), k + int(many.max())), -torch.inf, device=device)
-        known = torch.full(both.shape, -1, device=device)
-        both[:, :k], known[:, :k] = sim[better], idx[better]
-        both[place, slot], known[place, slot] = near[row, item].clamp(-1, 1), item + start
-        first = order_keys(both).topk(k, largest=False).values & 0xFFFFFFFF
-        sim[better], idx[better] = both.gather(1, first), known.gather(1, first)
+        # While nothing is known every item is a candidate: the first block is looked at bit by bit.
+        for at, part in enumerate(near.split(width if start else max(k, _FIRST))):
+            base = start + at * max(k, _FIRST)
+            hit = (part.amax(0) > sim[:, -1]).nonzero()[:, 0]  # queries that find better here, soon few
+            part = part.T[hit]
+            row, item = (part > sim[hit, -1:]).nonzero(as_tuple=True)
+            if cross_camera:
+                places = (item.cpu() + base).numpy()
+                g_pids, g_camids = (torch.from_numpy(values[places]).to(device) for values in (g.pids, g.camids))
+                same = (pids[hit][row] == g_pids) & (camids[hit][row] == g_camids) & (g_camids != -1)
+                counts = ~same & (g_pids != -1)
+                row, item = row[counts], item[counts]
+            if not len(row):
+                continue
+            found, place, many = row.unique_consecutive(return_inverse=True, return_counts=True)
+            slot = k + torch.arange(len(row), device=device) - (many.cumsum(0) - many)[place]
+            better = hit[found]
+            both = torch.full((len(better), k + int(many.max())), -torch.inf, device=device)
+            known = torch.full(both.shape, -1, device=device)
+            both[:, :k], known[:, :k] = sim[better], idx[better]
+            both[place, slot], known[place, slot] = part[row, item].clamp(-1, 1), item + base
+            first = order_keys(both).topk(k, largest=False).values & 0xFFFFFFFF
+            sim[better], idx[better] = both.gather(1, first), known.gather(1, first)
     return idx, sim
 
 
