@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from reid3d.models.resnet import ResNet
+from reid3d.baselines.resnet import ResNet
 
 from .body import NUM_BETAS, NUM_JOINTS, Body, rotation_6d_to_matrix
 from .camera import check_crops, cut_window

@@ -20,7 +20,7 @@ from reid3d.preprocess.hmr import Regressed
 from reid3d.preprocess.hmr2 import Hmr2Fitter, Hmr2Net
 from reid3d.preprocess.params import ParamsFitter
 from reid3d.preprocess.spin import SpinFitter, SpinNet, load_net
-from tests.models.test_resnet import by_the_book, torchvision_layout, with_statistics
+from tests.baselines.test_resnet import by_the_book, torchvision_layout, with_statistics
 
 
 def rotations(count: int, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,70 @@
+"""What the 2D methods have in common: what they take, and what they hand to their losses."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Form = Literal["official", "paper"]  # where paper and published code differ, whose way it is
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of R, G, B
+
+
+class Heads(NamedTuple):
+    """What a 2D method returns in training mode. feats: what its metric losses see, (B, D) each; logits: (B,
+    num_classes) of each classifier, none without classes.
+    """
+
+    feats: tuple[Tensor, ...]
+    logits: tuple[Tensor, ...]
+
+
+class ImageModel(nn.Module):
+    """A method of crops. A subclass says in ``describe`` what it makes of them, and in ``loss`` what it learns by.
+
+    size: height and width in pixels that it was published with. flip: whether the descriptor is the mean of those of
+    the image and of its mirror image. normalised: whether pixels are brought to ImageNet's mean and deviation first.
+    backbone: prefixes of the names of the parameters that begin as those of a classifier of ImageNet, and may learn
+    more slowly. classifiers: prefixes of the names in the state dict that depend on the people of the training.
+    """
+
+    inputs = "image"
+    size = (256, 128)
+    flip = False
+    normalised = True
+    backbone: tuple[str, ...] = ()
+    classifiers: tuple[str, ...] = ()
+
+    def forward(self, images: Tensor) -> Tensor | Heads:
+        """Describe B crops.
+
+        Args:
+            images: (B, 3, H, W) RGB in [0, 1], of floating point.
+
+        Returns:
+            In eval mode feats (B, D), compared by cosine; in training mode, where B >= 2, Heads.
+
+        Raises:
+            TypeError: not floating point. ValueError: another shape, or a size that the method cannot divide.
+        """
+        if not images.is_floating_point():
+            raise TypeError(f"images must be of floating point, in [0, 1], got {images.dtype}")
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        if self.normalised:
+            mean, std = (torch.tensor(values).to(images).view(3, 1, 1) for values in IMAGENET)
+            images = (images - mean) / std
+        return self.describe(images)
+
+    def describe(self, images: Tensor) -> Tensor | Heads:
+        """As ``forward``, of normalised crops."""
+        raise NotImplementedError
+
+    def loss(self, output: Heads, labels: Tensor) -> dict[str, Tensor]:
+        """The terms whose sum is minimised, weighted, by name. labels: (B,) int64 in [0, num_classes)."""
+        raise NotImplementedError
+
+    def of_backbone(self, key: str) -> tuple[str, ...]:
+        """The names in the state dict that begin as the tensor ``key`` of a published backbone; none if unused."""
+        raise NotImplementedError
