@@ -767,7 +767,7 @@ def _export_features(options: argparse.Namespace) -> None:
 def _view(options: argparse.Namespace) -> None:
     if not options.features.is_dir():
         raise FileNotFoundError(f"no such folder of features: {options.features} (reid3d eval writes one)")
-    from .data import open_dataset
+    from .data import open_clouds
     from .retrieval import Features, search
     from .viewer import view
 
@@ -778,7 +778,7 @@ def _view(options: argparse.Namespace) -> None:
         raise FileNotFoundError(
             f"the clouds were in {query.source}, which is not there: --data DIR says where they are"
         )
-    dataset = open_dataset(options.data) if options.data else None
+    dataset = open_clouds(options.data) if options.data else None
     ranks = search(query, gallery, cross_camera=True)
     print(view(ranks, options.out, dataset=dataset, queries=options.queries))
 

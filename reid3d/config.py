@@ -19,10 +19,12 @@ class ModelConfig:
     Args:
         name: a name of ``reid3d.list_models()``.
         kwargs: arguments of that model that differ from the published ones, e.g. ``{init_points: 384, dropout: 0.5}``.
+        backbone: of a 2D method, a file of weights of ImageNet to begin with: torchvision's, torchreid's, fast-reid's.
     """
 
     name: str = "ognet_small"
     kwargs: dict[str, Any] = field(default_factory=dict)
+    backbone: str | None = None
 
 
 @dataclass
@@ -43,6 +45,29 @@ class CloudConfig:
     scale: bool = True
     jitter: bool = True
     background: bool = True
+    workers: int = 0
+
+
+@dataclass
+class ImageConfig:
+    """The crops a 2D method is fed with.
+
+    Args:
+        height: pixels they are resized to; null for the size the method was published with.
+        width: the same.
+        flip: mirror them half the time.
+        erasing: share of them in which a random rectangle is erased.
+        occlusion: put a white square at random on each, as QAConv does.
+        shift: share of them that are cut, scaled and shifted at random, as RMGL does.
+        workers: loader processes; the result does not depend on it.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    flip: bool = True
+    erasing: float = 0.0
+    occlusion: bool = False
+    shift: float = 0.0
     workers: int = 0
 
 
@@ -124,6 +149,7 @@ class InstanceConfig:
 @dataclass
 class LossConfig:
     """The losses, whose weighted sum is minimised: cross-entropy with weight 1, and metric losses on the descriptor.
+    The 2D methods have losses of their own instead.
 
     Args:
         label_smoothing: share of the target that cross-entropy spreads over all people.
@@ -150,11 +176,13 @@ class OptimConfig:
     Args:
         epochs: passes over about as many clouds as the training split has.
         batch: clouds a step, in each process; the last incomplete batch is dropped.
-        optimizer: "adam" (amsgrad), "adamw", "sgd" (Nesterov momentum 0.9).
+        optimizer: "adam" (amsgrad), "plain_adam" (without), "adamw", "sgd" (Nesterov momentum 0.9).
         lr: learning rate of the first epoch.
         weight_decay: L2 penalty, added to the gradient of every parameter; with adamw decoupled from it.
         schedule: of the learning rate, epoch by epoch: "cosine", to 1 % of lr; "step", a tenth of lr after 80 % of the
-            epochs and a hundredth after 95 %.
+            epochs and a hundredth after 95 %, or a tenth of what it was after each of the milestones.
+        milestones: epochs after which "step" lowers the learning rate; none for 80 % and 95 %.
+        backbone_lr: of the layers of a 2D method that begin as those of a classifier, relative to lr.
         warmup: epochs over which a factor grows from 0.1 to 1, step by step.
         warmup_of: what it multiplies: "loss", as published, which Adam hardly notices; "lr", the learning rate.
         clip: largest norm of the gradient, 0 for any.
@@ -167,10 +195,12 @@ class OptimConfig:
 
     epochs: int = 1000
     batch: int = 36
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "plain_adam", "adamw", "sgd"] = "adam"
     lr: float = 1e-3
     weight_decay: float = 5e-4
     schedule: Literal["cosine", "step"] = "cosine"
+    milestones: list[int] = field(default_factory=list)
+    backbone_lr: float = 1.0
     warmup: int = 10
     warmup_of: Literal["loss", "lr"] = "loss"
     clip: float = 0.0
@@ -199,7 +229,7 @@ class TrainConfig:
     """One training run.
 
     Args:
-        data: folder of cloud shards (``reid3d convert``).
+        data: folder of cloud shards (``reid3d convert``), for a 2D method of the images.
         out: folder of the run.
         model: the network.
         cloud: the clouds it is fed with.
@@ -207,6 +237,7 @@ class TrainConfig:
         loss: what is minimised.
         train: the optimisation.
         validation: people held out.
+        image: the images a 2D method is fed with, in place of the clouds.
     """
 
     data: str
@@ -217,6 +248,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     train: OptimConfig = field(default_factory=OptimConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
 
     @property
     def batch(self) -> int:
@@ -232,6 +264,8 @@ class TrainConfig:
             "loss.instance.scale": self.loss.instance.scale,
             "train.epochs": self.train.epochs,
             "train.lr": self.train.lr,
+            "image.height": self.image.height or 1,
+            "image.width": self.image.width or 1,
             "validation.every": self.validation.every,
         }
         for name, value in positive.items():
@@ -244,6 +278,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 2 (positive and negative pairs), got {value}")
         natural = {
             "cloud.workers": self.cloud.workers,
+            "image.workers": self.image.workers,
+            "train.backbone_lr": self.train.backbone_lr,
             "loss.circle.weight": self.loss.circle.weight,
             "loss.circle.margin": self.loss.circle.margin,
             "loss.triplet.weight": self.loss.triplet.weight,
@@ -263,6 +299,12 @@ class TrainConfig:
         for name, value in shares.items():
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
+        for name, value in {"image.erasing": self.image.erasing, "image.shift": self.image.shift}.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {value}")
+        stones = self.train.milestones
+        if stones and (sorted(set(stones)) != stones or stones[0] < 1 or self.train.schedule != "step"):
+            raise ValueError(f"train.milestones must be ascending epochs, with train.schedule step, got {stones}")
         if not 0 <= self.train.average_from <= 1:
             raise ValueError(f"train.average_from must be from 0 to 1, got {self.train.average_from}")
         if self.train.seed >= 2**63:

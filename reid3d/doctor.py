@@ -119,13 +119,13 @@ def report_data(root: str | Path) -> dict[str, Any]:
 
     Raises: as `reid3d.data.list_images` and `reid3d.data.open_dataset`; ValueError when there is nothing in it.
     """
-    from .data import list_images, open_dataset
+    from .data import list_images, open_clouds
     from .data.layouts import SPLITS
     from .io import DATASET_FILE, FAILURES_FILE, manifest_path
 
     root = Path(root)
     if (root / DATASET_FILE).is_file() or any(manifest_path(path).is_file() for path in root.glob("[!.]*.safetensors")):
-        dataset = open_dataset(root)
+        dataset = open_clouds(root)
         records: list[Any] = [r for name in SPLITS for r in getattr(dataset, name).records]
         layout, notes, rejected = "clouds", [], _failures(root / FAILURES_FILE)
     else:

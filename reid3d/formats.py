@@ -242,11 +242,11 @@ def export_tree(data: str | Path, out: str | Path, *, format: Literal["obj", "pl
     Raises: as `reid3d.data.open_dataset`; ValueError for another format, two clouds of one name, or one whose name
         leads out of OUT.
     """
-    from .data import open_dataset
+    from .data import open_clouds
 
     if format not in WRITERS:
         raise ValueError(f"format must be one of {', '.join(WRITERS)}, got {format!r}")
-    dataset = open_dataset(data)
+    dataset = open_clouds(data)
     splits = [split for split in (dataset.train, dataset.query, dataset.gallery, dataset.all) if len(split)]
     paths = {(split.name, i): Path(out) / _place(r, format) for split in splits for i, r in enumerate(split.records)}
     if twice := [path for path, count in Counter(paths.values()).items() if count > 1]:

@@ -23,7 +23,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,21 +38,23 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .config import LossConfig, OptimConfig, TrainConfig, dump_config, read_config
-from .data.clouds import CloudSplit, open_dataset, validate_protocol
+from .data.datasets import open_dataset, validate_protocol
+from .data.image_transforms import ImageTrainTransform
 from .data.samplers import BalancedSampler, Batches, ClassSampler, PKSampler
+from .data.split import Split
 from .data.transforms import EvalTransform, TrainTransform, place
 from .io import atomic_write, hold_folder
 from .losses import circle_loss, contrastive_loss, instance_loss, triplet_loss
 from .models import Output, create_model, resolve_device, save_weights
 from .models.norm import global_rows
 from .progress import SECONDS_BETWEEN_LINES
-from .retrieval import evaluate, extract
+from .retrieval import evaluate, extract, pair_scores
 
 FINAL_LR = 0.01  # of the first
 FIRST_FACTOR = 0.1  # at the start of the warm-up
 _DROPOUT, _NOISE, _HELD_OUT = 3, 4, 5  # streams of random numbers; draws and clouds have their own
 # A run may go on from another place and with other loaders: none of these has a part in the weights.
-MAY_CHANGE = {"data", "out", "cloud.workers", "train.device", "train.tensorboard"}
+MAY_CHANGE = {"data", "out", "cloud.workers", "image.workers", "train.device", "train.tensorboard"}
 
 
 METRIC_LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -87,7 +89,6 @@ def train(config: TrainConfig) -> Path:
     run = Path(config.out)
     with _team(config.train.device) as team:
         split, held_out = _splits(config)
-        feed = _Feed(config, split, team)
         writer = _summary_writer() if config.train.tensorboard else None
         with torch.random.fork_rng([team.device] if team.device.type == "cuda" else []):
             torch.manual_seed(config.train.seed)
@@ -95,9 +96,8 @@ def train(config: TrainConfig) -> Path:
                 model = create_model(config.model.name, split.num_pids, **config.model.kwargs).to(team.device)
             except TypeError as error:
                 raise ValueError(f"model.kwargs: {error}") from error
-            least = getattr(model, "min_points", 1)
-            if config.cloud.points < least:
-                raise ValueError(f"cloud.points must be at least {least} for this model, got {config.cloud.points}")
+            _check_model(config, model, split, team)
+            feed = _Feed(config, split, team, model)
             with contextlib.ExitStack() as held:
                 if team.leads:
                     run.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def _team(device: str) -> Iterator[_Team]:
 class _State:
     """All that an epoch changes, and that a checkpoint holds."""
 
-    def __init__(self, config: TrainConfig, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, model: Any, device: torch.device) -> None:
         self.model, self.optimizer = model, _optimizer(config.train, model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "float16")
         self.average: dict[str, Tensor] = {}  # of the parameters
@@ -191,17 +191,24 @@ class _State:
 class _Feed:
     """The batches of an epoch on the device, of each this process's part."""
 
-    def __init__(self, config: TrainConfig, split: CloudSplit, team: _Team) -> None:
-        part = config.cloud
-        transform = TrainTransform(part.points, part.flip, part.scale, part.jitter, part.background)
-        self.split, self.team = split.with_transform(transform.pick, seed=config.train.seed), team
-        self.batches = _batches(config, split, team)
-        self._jitter, self._seed, self._noise = part.jitter, config.train.seed, torch.Generator(team.device)
+    def __init__(self, config: TrainConfig, split: Split, team: _Team, model: Any) -> None:
+        cloud, image, seed = config.cloud, config.image, config.train.seed
+        of_cloud = TrainTransform(cloud.points, cloud.flip, cloud.scale, cloud.jitter, cloud.background)
+        if split.inputs == "image":
+            varied = image.flip, image.erasing, image.occlusion, image.shift
+            split = split.with_transform(
+                ImageTrainTransform(model.size[0], model.size[1], model.resample, *varied), seed
+            )
+        else:
+            split = split.with_transform(of_cloud.pick, seed)
+        self.split, self.team, self.batches = split, team, _batches(config, split, team)
+        self._jitter, self._seed, self._noise = cloud.jitter, seed, torch.Generator(team.device)
+        workers = image.workers if split.inputs == "image" else cloud.workers
         self._loader = DataLoader(
             self.split,
             batch_sampler=self.batches,
-            num_workers=part.workers,
-            persistent_workers=part.workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=team.device.type == "cuda",
             generator=torch.Generator(),  # of worker seeds, which nothing uses; it leaves the global one alone
         )
@@ -209,14 +216,18 @@ class _Feed:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """xyz (B, P, 3), rgb (B, P, 3), labels (B,)."""
+    def epoch(self, epoch: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """What the model takes, xyz (B, P, 3) and rgb (B, P, 3) or images (B, 3, H, W), and labels (B,)."""
         self.batches.set_epoch(epoch)
         self.split.set_epoch(epoch)
         torch.manual_seed(_seed(_DROPOUT, self._seed, epoch, self.team.rank))
         for step, batch in enumerate(self._loader):
-            xyz, rgb, move, labels = (part.to(self.team.device, non_blocking=True) for part in batch[:4])
-            yield *place(xyz, rgb, move, self._draw(xyz.shape, epoch, step) if self._jitter else None), labels
+            *parts, labels = (part.to(self.team.device, non_blocking=True) for part in batch[:-1])
+            if self.split.inputs == "image":
+                yield (parts[0].float() / 255,), labels
+            else:
+                xyz, rgb, move = parts
+                yield place(xyz, rgb, move, self._draw(xyz.shape, epoch, step) if self._jitter else None), labels
 
     def _draw(self, shape: torch.Size, epoch: int, step: int) -> Tensor:
         """This process's part of noise for the whole batch."""
@@ -225,9 +236,7 @@ class _Feed:
         return noise[self.team.rank]
 
 
-def _train(
-    config: TrainConfig, run: Path, feed: _Feed, held_out: CloudSplit | None, state: _State, writer: Any
-) -> None:
+def _train(config: TrainConfig, run: Path, feed: _Feed, held_out: Split | None, state: _State, writer: Any) -> None:
     team, epochs = feed.team, config.train.epochs
     about = {"data": feed.split.fingerprint(), "processes": team.world}
     _resume(run, state, about, team)
@@ -243,8 +252,11 @@ def _train(
     if finished:
         return
     board = writer(run / "tensorboard", purge_step=start + 1) if writer and shown else None
-    trained_on = {"data": Path(config.data).name, "clouds": len(feed.split), "ids": feed.split.num_pids}
-    fed_with = {"points": config.cloud.points, "background": config.cloud.background}
+    items = f"{feed.split.inputs}s"
+    trained_on = {"data": Path(config.data).name, items: len(feed.split), "ids": feed.split.num_pids}
+    fed_with: dict[str, Any] = {"points": config.cloud.points, "background": config.cloud.background}
+    if feed.split.inputs == "image":
+        fed_with = {"size": list(state.model.size)}
     reported, steps = time.monotonic(), len(feed)
     with tqdm(
         total=epochs * steps, initial=start * steps, unit="step", disable=not (shown and sys.stderr.isatty())
@@ -268,7 +280,8 @@ def _train(
             if better:
                 save_weights(state.model, run / "model_best.safetensors", trained_on=note)
             _save(run, state, about)
-            line = "epoch {epoch}: loss {loss:.3f}, accuracy {accuracy:.3f}".format(**metrics)
+            line = "epoch {epoch}: loss {loss:.3f}".format(**metrics)
+            line += ", accuracy {accuracy:.3f}".format(**metrics) if "accuracy" in metrics else ""
             line += f", mAP {metrics['mAP']:.1%} of the people held out" if "mAP" in metrics else ""
             bar.set_postfix_str(line)
             if bar.disable and (time.monotonic() - reported > SECONDS_BETWEEN_LINES or epoch + 1 == epochs):
@@ -294,15 +307,17 @@ def _train_epoch(state: _State, feed: _Feed, config: TrainConfig, epoch: int, ba
     weights = {"cross_entropy": 1.0} | {name: getattr(config.loss, name).weight for name in METRIC_LOSSES}
     state.model.train()
     totals: dict[str, Tensor] = {}
-    for step, (xyz, rgb, labels) in enumerate(feed.epoch(epoch), start=epoch * steps + 1):
+    for step, (inputs, labels) in enumerate(feed.epoch(epoch), start=epoch * steps + 1):
         factor = warmup_factor(step, part.warmup * steps)
-        lr = learning_rate(part.lr, epoch, part.epochs, part.schedule) * (factor if part.warmup_of == "lr" else 1.0)
+        lr = learning_rate(part.lr, epoch, part.epochs, part.schedule, part.milestones)
+        lr *= factor if part.warmup_of == "lr" else 1.0
         for group in state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("share", 1.0)
         with half:
-            output = state.model(xyz, rgb)
-        parts = _losses(config.loss, output, labels)
-        loss = torch.stack([weights[name] * value for name, value in parts.items()]).sum()
+            output = state.model(*inputs)
+        own = hasattr(state.model, "loss")
+        parts = state.model.loss(output, labels) if own else _losses(config.loss, output, labels)
+        loss = torch.stack([weights.get(name, 1.0) * value for name, value in parts.items()]).sum()
         state.optimizer.zero_grad(set_to_none=True)
         state.scaler.scale(loss * (factor if part.warmup_of == "loss" else 1.0)).backward()
         feed.team.average_gradients(state.model)
@@ -311,7 +326,9 @@ def _train_epoch(state: _State, feed: _Feed, config: TrainConfig, epoch: int, ba
             nn.utils.clip_grad_norm_(state.model.parameters(), part.clip)
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        seen = {"loss": loss, **parts, "accuracy": (output.logits.argmax(1) == labels).float().mean()}
+        seen = {"loss": loss, **parts}
+        if (logits := output.logits[0] if own and output.logits else None if own else output.logits) is not None:
+            seen["accuracy"] = (logits.argmax(1) == labels).float().mean()
         for name, value in seen.items():
             totals[name] = totals.get(name, 0.0) + value.detach()
         bar.update()
@@ -323,7 +340,7 @@ def _train_epoch(state: _State, feed: _Feed, config: TrainConfig, epoch: int, ba
         )
     seconds = time.perf_counter() - begun
     speed = steps * config.batch * feed.team.world / seconds
-    return metrics | {"lr": lr, "seconds": round(seconds, 3), "clouds_per_second": round(speed, 1)}
+    return metrics | {"lr": lr, "seconds": round(seconds, 3), f"{feed.split.inputs}s_per_second": round(speed, 1)}
 
 
 def _losses(config: LossConfig, output: Output, labels: Tensor) -> dict[str, Tensor]:
@@ -343,11 +360,14 @@ def _losses(config: LossConfig, output: Output, labels: Tensor) -> dict[str, Ten
     return parts
 
 
-def learning_rate(first: float, epoch: int, epochs: int, schedule: str = "cosine") -> float:
+def learning_rate(
+    first: float, epoch: int, epochs: int, schedule: str = "cosine", milestones: Sequence[int] = ()
+) -> float:
     """Of the epoch, counted from 0: a cosine from ``first`` to 1 % of it at ``epochs``, which is never reached, or
-    "step": ``first``, a tenth of it from 80 % of the epochs on, a hundredth from 95 %."""
+    "step": ``first``, and a tenth of what it was from each of the milestones on, without any from 80 % and from 95 % of
+    the epochs."""
     if schedule == "step":
-        return first * 0.1 ** ((epoch >= 0.8 * epochs) + (epoch >= 0.95 * epochs))
+        return first * 0.1 ** sum(epoch >= stone for stone in milestones or (0.8 * epochs, 0.95 * epochs))
     last = FINAL_LR * first
     return last + (first - last) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
@@ -357,13 +377,20 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
     return min(1.0, FIRST_FACTOR + (1 - FIRST_FACTOR) * step / warmup_steps) if warmup_steps else 1.0
 
 
-def _optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    parameters, lr, decay = model.parameters(), config.lr, config.weight_decay
+def _optimizer(config: OptimConfig, model: Any) -> torch.optim.Optimizer:
+    lr, decay = config.lr, config.weight_decay
+    parameters: Any = model.parameters()
+    if config.backbone_lr != 1:
+        named, prefixes = list(model.named_parameters()), tuple(model.backbone)
+        parameters = [
+            {"params": [p for name, p in named if name.startswith(prefixes)], "share": config.backbone_lr},
+            {"params": [p for name, p in named if not name.startswith(prefixes)], "share": 1.0},
+        ]
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=lr, weight_decay=decay, momentum=0.9, nesterov=True)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
-    return torch.optim.Adam(parameters, lr=lr, weight_decay=decay, amsgrad=True)
+    return torch.optim.Adam(parameters, lr=lr, weight_decay=decay, amsgrad=config.optimizer == "adam")
 
 
 @torch.no_grad()
@@ -391,10 +418,10 @@ def _averaged(state: _State, feed: _Feed, epoch: int) -> nn.Module:
         for buffer in (norm.running_mean, norm.running_var)
         if buffer is not None and norm.momentum is not None
     ]
-    for xyz, rgb, _ in feed.epoch(epoch):
+    for inputs, _ in feed.epoch(epoch):
         for buffer, _, _ in buffers:  # from 0, one batch leaves its momentum's share of its own statistics
             buffer.zero_()
-        model(xyz, rgb)
+        model(*inputs)
         for buffer, momentum, total in buffers:
             total += buffer.double() / momentum
     for buffer, _, total in buffers:
@@ -402,17 +429,21 @@ def _averaged(state: _State, feed: _Feed, epoch: int) -> nn.Module:
     return model
 
 
-def _validate(model: nn.Module, held_out: CloudSplit, config: TrainConfig) -> dict[str, float]:
-    features = extract(model, held_out, batch=config.batch, workers=config.cloud.workers, progress=False)
-    result = evaluate(features, features)
+def _validate(model: nn.Module, held_out: Split, config: TrainConfig) -> dict[str, float]:
+    image = held_out.inputs == "image"
+    workers = config.image.workers if image else config.cloud.workers
+    features = extract(model, held_out, batch=config.batch, workers=workers, progress=False)
+    result = evaluate(features, features, scores=pair_scores(model, features, features))
     return {"rank1": float(result.cmc[0]), "mAP": result.mAP}
 
 
-def _splits(config: TrainConfig) -> tuple[CloudSplit, CloudSplit | None]:
-    """The clouds to learn from, and those of the people held out."""
+def _splits(config: TrainConfig) -> tuple[Split, Split | None]:
+    """The clouds or crops to learn from, and those of the people held out."""
     split = open_dataset(config.data).train
     if (split.pids < 0).any():
-        raise ValueError(f"{config.data}: training needs known people, {(split.pids < 0).sum()} clouds have pid -1")
+        raise ValueError(
+            f"{config.data}: training needs known people, {(split.pids < 0).sum()} {split.inputs}s have pid -1"
+        )
     held_out = None
     if share := config.validation.share:
         count = round(share * split.num_pids)
@@ -423,9 +454,10 @@ def _splits(config: TrainConfig) -> tuple[CloudSplit, CloudSplit | None]:
             )
         rng = np.random.default_rng((_HELD_OUT, config.train.seed))
         held = np.isin(split.labels, rng.choice(split.num_pids, count, replace=False))
-        transform = EvalTransform(config.cloud.points, config.cloud.background)
-        held_out = split.subset(np.flatnonzero(held)).with_transform(transform)
-        # Query and gallery are the same clouds, and a cloud must not find itself: an unknown camera is one of its own.
+        held_out = split.subset(np.flatnonzero(held))
+        if split.inputs == "cloud":
+            held_out = held_out.with_transform(EvalTransform(config.cloud.points, config.cloud.background))
+        # Query and gallery are the same items, and none must find itself: an unknown camera is one of its own.
         own = -2 - np.arange(len(held_out))
         held_out.camids = np.where(held_out.camids == -1, own, held_out.camids)
         try:
@@ -438,12 +470,36 @@ def _splits(config: TrainConfig) -> tuple[CloudSplit, CloudSplit | None]:
     paired = any(getattr(config.loss, name).weight for name in ("circle", "triplet", "contrastive"))
     if paired and len(split) == split.num_pids:
         raise ValueError(
-            f"{config.data}: metric losses need people with at least 2 clouds, all {split.num_pids} have one"
+            f"{config.data}: metric losses need people with at least 2 {split.inputs}s, all {split.num_pids} have one"
         )
     return split, held_out
 
 
-def _batches(config: TrainConfig, split: CloudSplit, team: _Team) -> Batches:
+def _check_model(config: TrainConfig, model: Any, split: Split, team: _Team) -> None:
+    """Of a new model: set the size of its images, and load its backbone."""
+    name = config.model.name
+    if model.inputs != split.inputs:
+        hint = "reid3d convert makes clouds of images" if model.inputs == "cloud" else "give the folder of the images"
+        raise ValueError(f"{name} takes {model.inputs}s, and {config.data} holds {split.inputs}s: {hint}")
+    if model.inputs == "cloud":
+        least = getattr(model, "min_points", 1)
+        if config.cloud.points < least:
+            raise ValueError(f"cloud.points must be at least {least} for this model, got {config.cloud.points}")
+        if config.model.backbone or config.train.backbone_lr != 1:
+            raise ValueError(f"model.backbone and train.backbone_lr are for 2D methods, got {name}")
+        return
+    if config.loss != LossConfig():
+        raise ValueError(f"loss must be left out: {name} has its own losses, which model.kwargs can change")
+    if team.world > 1:
+        raise ValueError(f"{name} trains in one process, got {team.world}: its losses are of the whole batch")
+    model.size = (config.image.height or model.size[0], config.image.width or model.size[1])
+    if config.model.backbone:
+        from .baselines.weights import load_backbone
+
+        print(load_backbone(model, config.model.backbone), file=sys.stderr)
+
+
+def _batches(config: TrainConfig, split: Split, team: _Team) -> Batches:
     part, seed, size, world = config.sampling, config.train.seed, config.batch, team.world
     sampler: BalancedSampler | ClassSampler | PKSampler
     if part.kind == "pk":
@@ -459,9 +515,8 @@ def _batches(config: TrainConfig, split: CloudSplit, team: _Team) -> Batches:
     batches = Batches(sampler, size, team.rank, world)
     if not len(batches):
         of_each = f" in each of {world} processes" if world > 1 else ""
-        raise ValueError(
-            f"train.batch must not exceed the {len(split)} clouds of {config.data} (split train), got {size}{of_each}"
-        )
+        items = f"{len(split)} {split.inputs}s"
+        raise ValueError(f"train.batch must not exceed the {items} of {config.data} (split train), got {size}{of_each}")
     return batches
 
 

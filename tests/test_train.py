@@ -608,8 +608,8 @@ class TestAverage:
             expected = torch.stack([epoch[name] for epoch in seen[3:]]).mean(0)
             torch.testing.assert_close(average.get_parameter(name), expected)
         split = open_dataset(people).train
-        feed = module._Feed(settings, split, module._Team(torch.device("cpu")))
-        batches = [(xyz, rgb) for xyz, rgb, _ in feed.epoch(5)]
+        feed = module._Feed(settings, split, module._Team(torch.device("cpu")), None)
+        batches = [inputs for inputs, _ in feed.epoch(5)]
         oracle = create_model(weights=run / "model.safetensors", num_classes=3)
 
         class Taking(torch.nn.Module):  # update_bn hands on the first of what the loader gives
@@ -726,10 +726,11 @@ def test_processes_see_what_one_with_the_whole_batch_sees(crowd, tmp_path):
     from reid3d.train import _Feed, _Team
 
     split, device = open_dataset(crowd).train, torch.device("cpu")
-    parts = [_Feed(config(crowd, "o", batch=3), split, _Team(device, rank, 2)) for rank in range(2)]
-    whole = _Feed(config(crowd, "o", batch=6, workers=2), split, _Team(device))
+    parts = [_Feed(config(crowd, "o", batch=3), split, _Team(device, rank, 2), None) for rank in range(2)]
+    whole = _Feed(config(crowd, "o", batch=6, workers=2), split, _Team(device), None)
     for epoch in (0, 3):
-        batches = list(zip(whole.epoch(epoch), *(part.epoch(epoch) for part in parts), strict=True))
+        feeds = [[(*inputs, labels) for inputs, labels in feed.epoch(epoch)] for feed in (whole, *parts)]
+        batches = list(zip(*feeds, strict=True))
         assert len(batches) == 3
         for one, *shares in batches:
             for value, *shared in zip(one, *shares, strict=True):
@@ -873,7 +874,7 @@ class TestConfig:
         assert "\n" not in str(caught.value)
 
     def test_choices_are_checked_in_python_too(self):
-        with pytest.raises(ValueError, match="train.optimizer must be one of adam, adamw, sgd, got 'adma'"):
+        with pytest.raises(ValueError, match="train.optimizer must be one of adam, plain_adam, adamw, sgd, got 'adma'"):
             TrainConfig("d", "o", train=OptimConfig(optimizer="adma"))
         with pytest.raises(ValueError, match="loss.circle.over must be one of anchors, batch, got 'pairs'"):
             TrainConfig("d", "o", loss=LossConfig(circle=CircleConfig(over="pairs")))

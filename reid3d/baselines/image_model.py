@@ -23,14 +23,16 @@ class Heads(NamedTuple):
 class ImageModel(nn.Module):
     """A method of crops. A subclass says in ``describe`` what it makes of them, and in ``loss`` what it learns by.
 
-    size: height and width in pixels that it was published with. flip: whether the descriptor is the mean of those of
-    the image and of its mirror image. normalised: whether pixels are brought to ImageNet's mean and deviation first.
-    backbone: prefixes of the names of the parameters that begin as those of a classifier of ImageNet, and may learn
-    more slowly. classifiers: prefixes of the names in the state dict that depend on the people of the training.
+    size: height and width in pixels, at first those it was published with. resample: how crops are brought to it,
+    "bilinear" or "bicubic". flip: whether the descriptor is the mean of those of the image and of its mirror image.
+    normalised: whether pixels are brought to ImageNet's mean and deviation first. backbone: prefixes of the names of
+    the parameters that begin as those of a classifier of ImageNet, and may learn more slowly. classifiers: prefixes of
+    the names in the state dict that depend on the people of the training.
     """
 
     inputs = "image"
-    size = (256, 128)
+    size: tuple[int, int] = (256, 128)
+    resample = "bilinear"
     flip = False
     normalised = True
     backbone: tuple[str, ...] = ()

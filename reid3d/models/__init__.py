@@ -39,9 +39,10 @@ def list_models() -> list[str]:
 def create_model(
     name: str | None = None, num_classes: int = 0, *, weights: str | Path | None = None, **kwargs: Any
 ) -> nn.Module:
-    """A network, in training mode; ``model.inputs`` says what it eats ("cloud": xyz and rgb, both (B, N, 3)), and
-    ``model.points`` how many points a cloud its weights were trained with (None: fresh, or the file does not say), and
-    ``model.background`` whether those of the background were among them; ``model.trained_on`` is all the file says.
+    """A network, in training mode; ``model.inputs`` says what it takes: "cloud", xyz and rgb, both (B, N, 3), or
+    "image", (B, 3, H, W) in [0, 1]. ``model.points`` is how many points a cloud its weights were trained with (None:
+    fresh, or the file does not say), ``model.background`` whether those of the background were among them,
+    ``model.size`` height and width of its images; ``model.trained_on`` is all the file says.
 
     Args:
         name: one of ``list_models()``; may be left out when ``weights`` is given.
@@ -74,13 +75,15 @@ def create_model(
     model = MODELS[name](num_classes, **kwargs)
     model.name, model.kwargs, model.num_classes = name, kwargs, num_classes  # type: ignore[assignment]
     model.trained_on = meta.get("trained_on", "")  # type: ignore[assignment]
-    model.points, model.background = _fed_with(meta.get("trained_on", ""))  # type: ignore[assignment]
+    model.points, model.background, size = _fed_with(meta.get("trained_on", ""))  # type: ignore[assignment]
+    if size is not None:
+        model.size = size  # type: ignore[assignment]
     if weights is not None:
         own = model.state_dict()
-        fresh = {key for key in own if key.startswith("head.classifier.")}
         if int(meta["num_classes"]) != num_classes:
-            state = {key: value for key, value in state.items() if not key.startswith("head.classifier.")}
-            state |= {key: own[key] for key in fresh}
+            of_people = tuple(getattr(model, "classifiers", ("head.classifier.",)))
+            state = {key: value for key, value in state.items() if not key.startswith(of_people)}
+            state |= {key: value for key, value in own.items() if key.startswith(of_people)}
         wrong = sorted(key for key in own.keys() | state.keys() if _shape(own, key) != _shape(state, key))
         if wrong:
             raise ValueError(f"weights {weights} do not fit {name}({kwargs}): {len(wrong)} tensors, first {wrong[0]}")
@@ -122,12 +125,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _fed_with(trained_on: str) -> tuple[int | None, bool]:
+def _fed_with(trained_on: str) -> tuple[int | None, bool, tuple[int, int] | None]:
+    """Points of a cloud, whether its background is among them, and height and width of images, as far as it says so."""
     try:
-        note = json.loads(trained_on)
-        return int(note["points"]), bool(note.get("background", True))
-    except (ValueError, TypeError, KeyError):
-        return None, True
+        note = dict(json.loads(trained_on))
+        size = (int(note["size"][0]), int(note["size"][1])) if "size" in note else None
+        return int(note["points"]) if "points" in note else None, bool(note.get("background", True)), size
+    except (ValueError, TypeError, KeyError, IndexError):
+        return None, True, None
 
 
 def _shape(state: dict[str, Any], key: str) -> tuple[int, ...] | None:

@@ -1,7 +1,7 @@
 """From features to answers: the feature file, search, exact or by an index, and the metrics of the field."""
 
 from .calibrate import Calibration, Threshold, calibrate
-from .features import Features, extract
+from .features import Features, extract, pair_scores
 from .index import build_index
 from .metrics import Chance, PerQuery, Result, evaluate
 from .rerank import GalleryGraph, expand, rerank
@@ -11,4 +11,4 @@ from .tlift import clock_seconds, tlift
 
 __all__ = ["ROC", "Calibration", "Chance", "Features", "GalleryGraph", "PerQuery", "Ranks", "Result", "Threshold"]
 __all__ += ["build_index", "calibrate", "clock_seconds", "evaluate", "expand", "extract", "rerank", "roc", "search"]
-__all__ += ["tlift"]
+__all__ += ["pair_scores", "tlift"]

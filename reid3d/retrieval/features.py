@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..data.image_transforms import ImageEvalTransform
 from ..data.transforms import EvalTransform
 from ..io import atomic_write, write_safetensors
 from ..progress import Progress
 
 if TYPE_CHECKING:
-    from ..data import CloudSplit
+    from ..data.split import Split
 
 FORMAT = "reid3d-features-1"
 _BLOCK = 2**20  # values looked at or written at once
@@ -210,8 +211,8 @@ def check_model(q: Features, g: Features) -> None:
 
 
 def extract(
-    model: nn.Module,
-    split: CloudSplit,
+    model: Any,
+    split: Split,
     *,
     points: int | None = None,
     scales: Sequence[float] = (1.0, 1.1),
@@ -220,29 +221,34 @@ def extract(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Features:
-    """The features of every cloud of a split, in its order, each the unit vector along the sum over `scales` of
-    model(scale * xyz, rgb).
+    """The features of every cloud or crop of a split, in its order, as unit vectors: of a cloud along the sum over
+    `scales` of model(scale * xyz, rgb), of a crop along model(image), or where the method has `flip` along the sum of
+    the image's and its mirror image's.
 
     points: taken evenly from each cloud, without the background if the model's weights were trained so. None takes them
     as the split's transform says, and where none was chosen, as many as the model's weights were trained with. The
-    default scales are those of the published OG-Net test code. The model is used in eval mode and given back in the
-    mode it came in; device None leaves it where it is, any other moves it there.
+    default scales are those of the published OG-Net test code. Crops are resized to `model.size`. The model is used in
+    eval mode and given back in the mode it came in; device None leaves it where it is, any other moves it there.
 
-    Raises: ValueError for an empty split, points < 1, no scales, batch < 1, workers < 0, a model of images, or a model
-        that returns NaN.
+    Raises: ValueError for an empty split, points < 1, no scales, batch < 1, workers < 0, a model of clouds for a split
+        of images or the other way round, or a model that returns NaN.
     Source: OG-Net (Zheng et al., TNNLS 2022), test_M.py of the published code.
     """
-    if getattr(model, "inputs", "cloud") != "cloud":
-        raise ValueError(f"model must take clouds, got one whose inputs are {model.inputs!r}")
+    image = split.inputs == "image"
+    takes = getattr(model, "inputs", "cloud")
+    if takes != split.inputs:
+        raise ValueError(f"model must take {split.inputs}s, as {split.root} holds, got one that takes {takes}s")
     if not len(split):
         raise ValueError(f"split must not be empty, got {split.name!r} of {split.root} with no clouds")
     if not scales:
         raise ValueError("scales must not be empty")
     if batch < 1 or workers < 0:
         raise ValueError(f"batch must be at least 1 and workers at least 0, got {batch} and {workers}")
+    if image and split.transform is None:
+        split = split.with_transform(ImageEvalTransform(model.size[0], model.size[1], model.resample))
     if points is None and split.transform is None:
         points = getattr(model, "points", None)
-    if points is not None:
+    if points is not None and not image:
         if points < 1:
             raise ValueError(f"points must be at least 1, got {points}")
         split = split.with_transform(EvalTransform(points, getattr(model, "background", True)))
@@ -254,12 +260,16 @@ def extract(
     mode = model.training
     model.eval()
     try:
-        with torch.inference_mode(), Progress(len(split), f"features of {split.name}", "cloud", progress) as bar:
-            for xyz, rgb, *_ in loader:
-                xyz, rgb = xyz.to(where, non_blocking=True), rgb.to(where, non_blocking=True)
-                total = torch.stack([model(scale * xyz, rgb) for scale in scales]).sum(0)
+        with torch.inference_mode(), Progress(len(split), f"features of {split.name}", split.inputs, progress) as bar:
+            for *parts, _, _ in loader:
+                parts = [part.to(where, non_blocking=True) for part in parts]
+                if image:
+                    pixels = parts[0].float() / 255
+                    total = model(pixels) + model(pixels.flip(3)) if model.flip else model(pixels)
+                else:
+                    total = torch.stack([model(scale * parts[0], parts[1]) for scale in scales]).sum(0)
                 feats.append(nn.functional.normalize(total.float(), dim=1).cpu())
-                bar.add(len(xyz))
+                bar.add(len(total))
     finally:
         model.train(mode)
     return Features(
@@ -270,13 +280,19 @@ def extract(
         times=split.times,
         source=str(split.root),
         split=split.name,
-        made_by=_made_by(model, points, scales),
+        made_by=_made_by(
+            model, list(model.size) if image else [points, getattr(model, "background", True), *map(float, scales)]
+        ),
     )
 
 
-def _made_by(model: nn.Module, points: int | None, scales: Sequence[float]) -> str:
-    background = getattr(model, "background", True)
-    digest = hashlib.sha256(json.dumps([points, background, *map(float, scales)]).encode())
+def pair_scores(model: Any, q: Features, g: Features) -> np.ndarray | None:
+    """(Q, G) float32 similarities by the matcher of a model that has one, as QAConv; None: features are compared."""
+    return model.scores(q, g) if hasattr(model, "scores") else None
+
+
+def _made_by(model: nn.Module, how: list[Any]) -> str:
+    digest = hashlib.sha256(json.dumps(how).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..cloud import PointCloud
-from ..data import CloudDataset, CloudSplit, open_dataset
+from ..data import CloudDataset, CloudSplit, open_clouds
 from ..io import Record, atomic_write
 from ..retrieval import Features, Ranks, Result, evaluate
 
@@ -68,7 +68,7 @@ class _Source:
 
     def __init__(self, features: Features, dataset: CloudDataset | None) -> None:
         self.features = features
-        dataset = dataset or open_dataset(features.source)
+        dataset = dataset or open_clouds(features.source)
         self.split: CloudSplit = getattr(dataset, features.split or "all")
         self._rows = {record.name: row for row, record in enumerate(self.split.records)}
 

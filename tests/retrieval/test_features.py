@@ -284,7 +284,7 @@ def test_extract_errors(dataset):
     with pytest.raises(ValueError, match="batch must be at least 1 and workers at least 0, got 0 and 0"):
         extract(model, dataset.query, batch=0)
     model.inputs = "image"
-    with pytest.raises(ValueError, match="model must take clouds, got one whose inputs are 'image'"):
+    with pytest.raises(ValueError, match="model must take clouds, as .* holds, got one that takes images"):
         extract(model, dataset.query)
 
 
