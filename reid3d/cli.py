@@ -214,6 +214,18 @@ def _parser() -> _Parser:
     view.add_argument("--data", metavar="DIR", type=Path, help="default: the folder the features were made from")
     _number(view, "--queries", 12, "queries to show")
 
+    study = command("study", "train and rank many models under the same conditions; a second call goes on")
+    study.add_argument("study", metavar="NAME", choices=("compare",), help="compare: a table of --models")
+    models_help = "recipes (packaged or YAML files), or models, trained by the defaults"
+    study.add_argument("--models", metavar="RECIPE", nargs="+", required=True, help=models_help)
+    images_help = "images in any usual layout, with train, query and gallery; converted for networks of clouds"
+    study.add_argument("--data", metavar="IMAGES", type=Path, required=True, help=images_help)
+    study.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of clouds, runs and table")
+    _number(study, "--seeds", 1, "runs of each, from seed 0")
+    _number(study, "--epochs", None, "epochs of each run (default: the recipe's)")
+    study.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
+    study.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
+
     doctor = command("doctor", "say what is installed and compiled, and whether it works")
     data_help = "say what data set DIR holds, and what is missing from it: images or clouds (default: none)"
     doctor.add_argument("--data", metavar="DIR", type=Path, help=data_help)
@@ -515,18 +527,18 @@ def _scored(weights: Path, data: Path, options: argparse.Namespace, folder: Path
     """The data set, the model, its points of each cloud, the features of query and gallery, and how well they do."""
     from .data import open_dataset, validate_protocol
     from .models import create_model, resolve_device
-    from .retrieval import evaluate, extract
+    from .retrieval import evaluate, extract, pair_scores
 
     device = resolve_device(options.device)
     dataset = open_dataset(data)
     splits = {"query": dataset.query, "gallery": dataset.gallery}
     for name, split in splits.items():
         if not len(split):
-            raise ValueError(f"{data} has no {name} clouds: convert a folder in Market-1501's layout")
+            raise ValueError(f"{data} has no {name} {split.inputs}s: a folder in Market-1501's layout has them")
     if message := validate_protocol(dataset.query, dataset.gallery):
         print(f"reid3d: {message}", file=sys.stderr)
     model = create_model(weights=weights)
-    points = options.points or _points(model)
+    points = (options.points or _points(model)) if dataset.query.inputs == "cloud" else None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     features = {
@@ -536,7 +548,8 @@ def _scored(weights: Path, data: Path, options: argparse.Namespace, folder: Path
     if folder is not None:
         for name in splits:  # all there before one is written: they belong together
             features[name].save(_feature_file(folder, name))
-    result = evaluate(features["query"], features["gallery"], ap=options.ap)
+    scores = pair_scores(model, features["query"], features["gallery"])
+    result = evaluate(features["query"], features["gallery"], ap=options.ap, scores=scores)
     return dataset, model, points, features["query"], features["gallery"], result
 
 
@@ -687,17 +700,18 @@ def _features(path: Path, side: str, folder: Path, model: Any, device: Any) -> A
     if path.suffix == ".safetensors":
         features = Features.load(path, mmap=True)
     else:
-        clouds = path
-        if not (path.is_dir() and any(shard.with_suffix(".jsonl").is_file() for shard in path.glob("*.safetensors"))):
-            clouds = folder / side
-            _convert_images(path, clouds)
-        dataset = open_dataset(clouds)
+        items, cloud = path, model.inputs == "cloud"
+        shards = path.glob("*.safetensors") if path.is_dir() else ()
+        if cloud and not any(shard.with_suffix(".jsonl").is_file() for shard in shards):
+            items = folder / side
+            _convert_images(path, items)
+        dataset = open_dataset(items)
         split = getattr(dataset, side)
         if not len(split):
             split = dataset.all  # of a folder without splits
         if not len(split):
-            raise ValueError(f"{path} has no {side} clouds")
-        features = extract(model, split, points=_points(model), device=device)
+            raise ValueError(f"{path} has no {side} {model.inputs}s")
+        features = extract(model, split, points=_points(model) if cloud else None, device=device)
     if len(set(features.names)) < len(features):
         twice = next(name for name, count in Counter(features.names).items() if count > 1)
         raise ValueError(f"names must differ, got {twice} more than once in {path}")
@@ -783,6 +797,23 @@ def _view(options: argparse.Namespace) -> None:
     print(view(ranks, options.out, dataset=dataset, queries=options.queries))
 
 
+def _study(options: argparse.Namespace) -> None:
+    from .study import compare, markdown
+
+    table = compare(
+        options.models,
+        options.data,
+        options.out,
+        seeds=options.seeds,
+        epochs=options.epochs,
+        device=options.device,
+        say=partial(print, file=sys.stderr, flush=True),
+    )
+    print(f"{markdown(table)}\n\n{options.out / 'compare.json'}")
+    if options.json:
+        _write_json(options.json, table)
+
+
 def _doctor(options: argparse.Namespace) -> None:
     from .doctor import format_data, format_report, report, report_data
 
@@ -833,6 +864,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "search": _search,
     "export-features": _export_features,
     "view": _view,
+    "study": _study,
     "doctor": _doctor,
     "bench": _bench,
 }
