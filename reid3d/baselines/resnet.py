@@ -16,12 +16,12 @@ class IBN(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.half = channels // 2
-        self.IN = nn.InstanceNorm2d(self.half, affine=True)
-        self.BN = nn.BatchNorm2d(channels - self.half)
+        self.instances = channels // 2
+        self.IN = nn.InstanceNorm2d(self.instances, affine=True)
+        self.BN = nn.BatchNorm2d(channels - self.instances)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((self.IN(x[:, : self.half]), self.BN(x[:, self.half :])), dim=1)
+        return torch.cat((self.IN(x[:, : self.instances]), self.BN(x[:, self.instances :])), dim=1)
 
 
 class Bottleneck(nn.Module):
