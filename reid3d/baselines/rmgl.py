@@ -54,7 +54,7 @@ def activation_balanced_pool(maps: Tensor, parts: int, pool: Literal["max", "mea
     if pool not in ("max", "mean"):
         raise ValueError(f"pool must be 'max' or 'mean', got {pool!r}")
     rows = maps.amax(3)
-    ends = _balanced_ends(rows.detach(), parts)
+    ends = _balanced_ends(rows, parts)
     strip = (torch.arange(height, device=maps.device).view(1, 1, -1) >= ends.unsqueeze(2)).sum(1)  # (N, H)
     inside = strip.unsqueeze(1) == torch.arange(parts, device=maps.device).view(1, -1, 1)  # (N, K, H)
     if pool == "max":

@@ -436,6 +436,17 @@ def test_published_sizes():
     ]
 
 
+@pytest.mark.parametrize("name", ["receptive", "receptive_global", "abp", "abp_pool", "abp_receptive"])
+def test_factory_passes_on_what_it_is_told(name):
+    value = {"abp": "both", "abp_pool": "mean"}.get(name, False)
+    with torch.device("meta"):
+        model, standard = rmgl(partitions=[2], **{name: value}), RMGL(0, (2,), blocks=(1, 1, 1, 1), width=1)
+    expected = {"receptive": True, "receptive_global": True, "abp": "test", "abp_pool": "max", "abp_receptive": True}
+    assert {key: getattr(standard, key) for key in expected} == expected
+    assert {key: getattr(model, key) for key in expected} == expected | {name: value}
+    assert model.partitions == (2,)
+
+
 # The loss.
 
 
