@@ -76,14 +76,14 @@ class SamplingConfig:
     """What the batches are made of.
 
     Args:
-        kind: "balanced", clouds drawn with replacement, each person equally likely; "class", passes over all people;
-            "pk", batches of p people with k clouds each.
+        kind: "balanced", clouds drawn with replacement, each person equally likely; "shuffle", each cloud once;
+            "class", passes over all people; "pk", batches of p people with k clouds each.
         n: with "class", clouds of each person in a pass.
         p: with "pk", people in a batch.
         k: with "pk", clouds of each; the batch is p * k then, and train.batch has no part in it.
     """
 
-    kind: Literal["balanced", "class", "pk"] = "balanced"
+    kind: Literal["balanced", "shuffle", "class", "pk"] = "balanced"
     n: int = 3
     p: int = 9
     k: int = 4

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from .config import LossConfig, OptimConfig, TrainConfig, dump_config, read_config
 from .data.datasets import open_dataset, validate_protocol
 from .data.image_transforms import ImageTrainTransform
-from .data.samplers import BalancedSampler, Batches, ClassSampler, PKSampler
+from .data.samplers import BalancedSampler, Batches, ClassSampler, PKSampler, ShuffleSampler
 from .data.split import Split
 from .data.transforms import EvalTransform, TrainTransform, place
 from .io import atomic_write, hold_folder
@@ -501,7 +501,7 @@ def _check_model(config: TrainConfig, model: Any, split: Split, team: _Team) -> 
 
 def _batches(config: TrainConfig, split: Split, team: _Team) -> Batches:
     part, seed, size, world = config.sampling, config.train.seed, config.batch, team.world
-    sampler: BalancedSampler | ClassSampler | PKSampler
+    sampler: BalancedSampler | ShuffleSampler | ClassSampler | PKSampler
     if part.kind == "pk":
         try:
             sampler = PKSampler(split.labels, split.camids, p=part.p * world, k=part.k, seed=seed)
@@ -510,6 +510,8 @@ def _batches(config: TrainConfig, split: Split, team: _Team) -> Batches:
             raise ValueError(f"{config.data}: sampling.{error}{of_each}") from error
     elif part.kind == "class":
         sampler = ClassSampler(split.labels, part.n, seed=seed)
+    elif part.kind == "shuffle":
+        sampler = ShuffleSampler(split.labels, seed=seed)
     else:
         sampler = BalancedSampler(split.labels, seed=seed)
     batches = Batches(sampler, size, team.rank, world)

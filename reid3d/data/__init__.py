@@ -6,7 +6,7 @@ from .datasets import open_dataset, validate_protocol
 from .image_transforms import ImageEvalTransform, ImageTrainTransform
 from .images import read_image
 from .layouts import ImageRecord, Listing, list_images
-from .samplers import BalancedSampler, ClassSampler, PKSampler
+from .samplers import BalancedSampler, ClassSampler, PKSampler, ShuffleSampler
 from .transforms import EvalTransform, TrainTransform
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "ImageTrainTransform",
     "Listing",
     "PKSampler",
+    "ShuffleSampler",
     "TrainTransform",
     "list_images",
     "open_clouds",

@@ -17,7 +17,7 @@ _STREAM = 1  # of random numbers; items have their own
 class _Draws(Sampler[tuple[int, int]]):
     """Labels, seed and epoch, which all samplers share; `_draw` is what each is."""
 
-    def __init__(self, labels: np.ndarray, seed: int) -> None:
+    def __init__(self, labels: np.ndarray, seed: int = 0) -> None:
         labels = np.asarray(labels)
         if not np.issubdtype(labels.dtype, np.integer):
             raise TypeError(f"labels must be integers, got {labels.dtype}")
@@ -35,8 +35,30 @@ class _Draws(Sampler[tuple[int, int]]):
         drawn = self._draw(np.random.default_rng((_STREAM, self._seed, self._epoch))).tolist()
         yield from zip(drawn, range(len(drawn)), strict=True)
 
+    def __len__(self) -> int:
+        raise NotImplementedError
+
     def _draw(self, rng: np.random.Generator) -> np.ndarray:
         raise NotImplementedError
+
+
+class ShuffleSampler(_Draws):
+    """All clouds or crops once, in random order.
+
+    Args:
+        labels: (n,) integers, the identity of each, of which only the number counts.
+        seed: with ``set_epoch``, decides the order.
+
+    Raises:
+        TypeError: labels that are not integers.
+        ValueError: labels that are not a non-empty vector, or a negative seed.
+    """
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def _draw(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(len(self))
 
 
 class BalancedSampler(_Draws):
@@ -194,7 +216,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
         rank, world: the number of this process, and of all.
     """
 
-    def __init__(self, sampler: BalancedSampler | ClassSampler | PKSampler, size: int, rank: int = 0, world: int = 1):
+    def __init__(self, sampler: _Draws, size: int, rank: int = 0, world: int = 1):
         self._sampler, self._size, self._rank, self._world = sampler, size, rank, world
 
     def set_epoch(self, epoch: int) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from ..baselines import relation, rmgl
 from ..io import atomic_write
 from . import dgcnn, official, ognet, pointnet2
 from .head import Output
@@ -28,6 +29,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "dgcnn": dgcnn.dgcnn,
     "pointnet2_ssg": pointnet2.pointnet2_ssg,
     "pointnet2_msg": pointnet2.pointnet2_msg,
+    "relation_f": relation.relation_f,
+    "relation_s": relation.relation_s,
+    "rmgl": rmgl.rmgl,
 }
 
 
