@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ..baselines import relation, rmgl
+from ..baselines import weights as weights_2d
 from ..io import atomic_write
 from . import dgcnn, official, ognet, pointnet2
 from .head import Output
@@ -21,7 +22,7 @@ from .head import Output
 __all__ = ["Output", "create_model", "list_models", "resolve_device", "save_weights"]
 
 FORMAT = "reid3d-weights-1"
-OFFICIAL = "published OG-Net"
+OFFICIAL = "published"
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "ognet": ognet.ognet,
     "ognet_small": ognet.ognet_small,
@@ -52,8 +53,8 @@ def create_model(
         name: one of ``list_models()``; may be left out when ``weights`` is given.
         num_classes: identities to classify; 0 for features alone.
         weights: a file of ``save_weights``. Its classifier is used when it has ``num_classes`` classes, else left out.
-            Or a ``.pth``, a checkpoint published with OG-Net (``official``), which has ``num_classes`` classes unless
-            that is 0.
+            Or a published checkpoint, which has ``num_classes`` classes unless that is 0: a ``.pth`` is one of OG-Net
+            (``official``), a ``.tar`` or ``.pth.tar-N`` one of PLR-OSNet or QAConv (``baselines.weights``).
         **kwargs: of the model, e.g. ``init_points=384``; with ``weights``, in place of those it was saved with.
 
     Raises:
@@ -146,14 +147,16 @@ def _shape(state: dict[str, Any], key: str) -> tuple[int, ...] | None:
 def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"weights must be a file, got {path}")
-    if path.suffix == ".pth":
-        name, kwargs, state, num_classes = official.read_official(path)
+    of_clouds = path.suffix == ".pth"
+    if of_clouds or path.suffix.startswith(".tar"):
+        name, kwargs, state, num_classes = (official if of_clouds else weights_2d).read_official(path)
+        note = {"ids": num_classes, "points": official.POINTS} if of_clouds else {"ids": num_classes}
         return state, {
             "format": OFFICIAL,
             "model": name,
             "kwargs": json.dumps(kwargs),
             "num_classes": str(num_classes),
-            "trained_on": json.dumps({"ids": num_classes, "points": official.POINTS}),
+            "trained_on": json.dumps(note),
         }
     try:
         with safe_open(path, framework="pt") as file:
