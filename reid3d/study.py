@@ -207,9 +207,9 @@ def _result(config: TrainConfig, dataset: CloudDataset | ImageDataset) -> dict[s
 
 def _row(name: str, inputs: str, runs: list[dict[str, Any]], config: TrainConfig) -> dict[str, Any]:
     model, points = _bare(config), config.cloud.points
-    batch: tuple[Tensor, ...] = (torch.rand(TIMED, 3, *model.size),)
-    if inputs == "cloud":
-        batch = torch.rand(TIMED, points, 3), torch.rand(TIMED, points, 3) - 0.5
+    batch: tuple[Tensor, ...] = torch.rand(TIMED, points, 3), torch.rand(TIMED, points, 3) - 0.5
+    if inputs == "image":
+        batch = (torch.rand(TIMED, 3, *model.size),)
     one = tuple(part[:1] for part in batch)
     row: dict[str, Any] = {"recipe": Path(name).stem, "model": config.model.name, "inputs": inputs}
     for key in ("rank1", "mAP", "mINP"):
