@@ -1,0 +1,251 @@
+"""PLR-OSNet: an OSNet with attention that ends twice, once in four horizontal strips and once in a whole.
+
+Source: Xie et al., "Learning Diverse Features with Part-Level Resolution for Person Re-Identification", 2020; the
+published code, AI-NERC-NUPT/PLR-OSNet, ``plr_osnet.py``, ``attention_module.py`` and ``triplet.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..losses import triplet_loss
+from .image_model import Form, Heads, ImageModel
+from .osnet import WIDTHS, Gate, OSNet
+
+STRIPS = 4
+DIMS = STRIPS * OSNet.channels, OSNet.channels  # of the vectors of the local and of the global branch
+CENTRE_WEIGHT = 5e-4
+FROZEN_CENTRES = 751  # of Market-1501's people, on whatever the published code trains
+PLACES = {  # of OSNet's modules; what comes behind the shared part is there twice
+    "conv1": ("layer0.0",),
+    "conv2": ("layer1",),
+    "conv3": ("layer2",),
+    "conv4": ("layer30", "layer31.0"),
+    "conv5": ("layer40", "layer41.0"),
+}
+
+
+class SpatialAttention(nn.Module):
+    """Each pixel plus the norm of a mean over all pixels, weighted by the softmax of query times key.
+
+    gamma, which begins as 0, keeps the mean out at first; as a factor in front of a norm, only its sign lasts.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.query_conv = nn.Conv2d(channels, channels // 8, 1)
+        self.key_conv = nn.Conv2d(channels, channels // 8, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # (B, 1, H * W, C), contiguous: else torch has no kernel that does without a matrix of all pairs of pixels.
+        pixels = x.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
+        query, key = (F.linear(pixels, conv.weight.flatten(1), conv.bias) for conv in (self.query_conv, self.key_conv))
+        mean = F.scaled_dot_product_attention(query, key, pixels, scale=1.0)
+        return self.bn(self.gamma * mean.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])) + x
+
+
+class Attention(nn.Module):
+    """Attention over pixels, then over channels, the latter at each pixel of its own: the squeeze and excitation that
+    the paper says is slightly modified has no squeeze in the published code.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pam = SpatialAttention(channels)
+        self.se = Gate(channels, pooled=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.se(self.pam(x))
+
+
+class PLROSNet(ImageModel):
+    """A crop to a descriptor of 2560 numbers: 2048 of its strips and 512 of the whole, each part of length 1.
+
+    Args:
+        num_classes: people to classify; 0 for features alone, without classifiers and centres.
+        label_smoothing: share of the target that cross-entropy spreads over all people.
+        learned_centres: those of the centre loss are parameters, one a person; else they stay where they are drawn, and
+            people beyond the 751st have none.
+        projected: the global vector goes through a linear layer of its own size.
+
+    Key names are the published code's, besides centres1 and centres2, which its checkpoints lack. Its attention has
+    torch's initial weights, its linear layers N(0, 0.01), biases of 0. Both branches begin with the same weights.
+
+    Source: as this file.
+    """
+
+    backbone = ("layer",)
+    classifiers = ("classifier1.", "classifier2.", "centres")
+    centres1: Tensor
+    centres2: Tensor
+
+    def __init__(
+        self,
+        num_classes: int = 0,
+        *,
+        label_smoothing: float = 0.1,
+        learned_centres: bool = False,
+        projected: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        osnet = OSNet()
+        self.layer0 = nn.Sequential(osnet.conv1, osnet.maxpool)
+        self.layer1 = osnet.conv2
+        self.attention_module1 = Attention(WIDTHS[1])
+        self.layer2 = osnet.conv3
+        self.attention_module2 = Attention(WIDTHS[2])
+        self.layer30 = osnet.conv4
+        self.layer31 = nn.Sequential(copy.deepcopy(osnet.conv4))
+        self.layer40 = osnet.conv5
+        self.layer41 = nn.Sequential(copy.deepcopy(osnet.conv5))
+        self.fc2 = _linear(OSNet.channels, OSNet.channels) if projected else None
+        self.bn1, self.bn2 = (nn.BatchNorm1d(dim) for dim in DIMS)
+        if num_classes:
+            self.classifier1, self.classifier2 = (_linear(dim, num_classes) for dim in DIMS)
+            for i, dim in enumerate(DIMS, 1):
+                centres = torch.randn(num_classes if learned_centres else FROZEN_CENTRES, dim)
+                if learned_centres:
+                    self.register_parameter(f"centres{i}", nn.Parameter(centres))
+                else:
+                    self.register_buffer(f"centres{i}", centres)
+
+    def describe(self, images: Tensor) -> Tensor | Heads:
+        for name, size, divisor in zip(("height", "width"), images.shape[2:], (16 * STRIPS, 16), strict=True):
+            if size == 0 or size % divisor:
+                raise ValueError(f"{name} must be a multiple of {divisor}, got {size}")
+        x = self.attention_module1(self.layer1(self.layer0(images)))
+        x = self.attention_module2(self.layer2(x))
+        strips = self.layer40(self.layer30(x)).unflatten(2, (STRIPS, -1)).mean((3, 4))  # (B, 512, 4)
+        local = strips.transpose(1, 2).flatten(1)
+        whole = self.layer41(self.layer31(x)).amax((2, 3))
+        if self.fc2 is not None:
+            whole = self.fc2(whole)
+        normed = self.bn1(local), self.bn2(whole)
+        if not self.training:
+            return torch.cat([F.normalize(feats) for feats in normed], dim=1)
+        if not self.num_classes:
+            return Heads((local, whole), ())
+        return Heads((local, whole), (self.classifier1(normed[0]), self.classifier2(normed[1])))
+
+    def loss(self, output: Heads, labels: Tensor) -> dict[str, Tensor]:
+        """The terms whose sum is minimised, weighted, means over the two branches.
+
+        cross_entropy of the logits, and of the vectors in front of the norm triplet, batch-hard with a soft margin, and
+        centre, 0.0005 times the squared distance to the centre of the person, a mean over the samples that have one.
+        triplet is a mean over the anchors that have a positive, 0 without any; the published code takes an anchor for a
+        positive of itself. The paper leaves the weights open: in both forms they are the published code's.
+
+        Args:
+            output: of ``forward`` in training mode. labels: (B,) int64 in [0, num_classes).
+
+        Raises:
+            TypeError: labels of another dtype. ValueError: of another shape or range, or num_classes is 0.
+
+        Source: the paper's eq. 6; ``triplet.py`` and ``center_loss.py`` of the published code.
+        """
+        if not self.num_classes:
+            raise ValueError("num_classes must be at least 1 to have a loss, got 0")
+        triplet = [triplet_loss(feats, labels, margin=None) for feats in output.feats]
+        wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(wrong):
+            raise ValueError(f"labels must be in [0, {self.num_classes}), got {int(wrong[0])}")
+        cross_entropy = [
+            F.cross_entropy(_wide(logits), labels, label_smoothing=self.label_smoothing) for logits in output.logits
+        ]
+        centres = self.centres1, self.centres2
+        centre = [_centre_loss(feats, labels, of) for feats, of in zip(output.feats, centres, strict=True)]
+        return {
+            "cross_entropy": torch.stack(cross_entropy).mean(),
+            "triplet": torch.stack(triplet).mean(),
+            "centre": CENTRE_WEIGHT * torch.stack(centre).mean(),
+        }
+
+    def of_backbone(self, key: str) -> tuple[str, ...]:
+        module, _, rest = key.partition(".")
+        return tuple(f"{place}.{rest}" for place in PLACES.get(module, ()))
+
+
+def plr_osnet(
+    num_classes: int = 0,
+    *,
+    form: Form = "official",
+    smoothing: Form | None = None,
+    centres: Form | None = None,
+    projection: Form | None = None,
+) -> PLROSNet:
+    """PLR-OSNet: 3,324,926 parameters without the classifiers, or 3,062,270 in the paper's form.
+
+    Args:
+        num_classes: people to classify; 0 for features alone.
+        form: where paper and published code differ, whose way it is; each of the following may differ from it.
+        smoothing: of the labels of cross-entropy; official: 0.1, paper: none.
+        centres: of the centre loss; official: 751 of N(0, 1) that never learn, paper: one a person, learned.
+        projection: of the global vector; official: a linear layer behind the max pooling, paper: none.
+
+    Raises:
+        ValueError: a form of another name.
+    """
+    chosen = {"form": form, "smoothing": smoothing, "centres": centres, "projection": projection}
+    for name, value in chosen.items():
+        if value not in get_args(Form) and (value is not None or name == "form"):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(Form))}, got {value!r}")
+    return PLROSNet(
+        num_classes,
+        label_smoothing=0.1 if (smoothing or form) == "official" else 0.0,
+        learned_centres=(centres or form) == "paper",
+        projected=(projection or form) == "official",
+    )
+
+
+def from_official(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], dict[str, Tensor], int]:
+    """A checkpoint of the published code as (name, kwargs, state, num_classes): what ``create_model`` takes, and the
+    state dict of the model that it makes of them. Its centres, which are not in the checkpoint, are drawn anew.
+
+    Args:
+        state: the tensors by name, without DataParallel's prefix.
+
+    Raises:
+        ValueError: a key that is missing or unknown, or a tensor of another shape.
+    """
+    bias = state.get("classifier1.bias")
+    num_classes = len(bias) if bias is not None and bias.dim() == 1 else 1
+    own = plr_osnet(num_classes).state_dict()
+    expected = {key: tuple(tensor.shape) for key, tensor in own.items() if not key.startswith("centres")}
+    given = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    wrong = [f"{key} is missing" for key in expected if key not in given]
+    wrong += [f"{key} is unknown" for key in given if key not in expected]
+    for key, shape in given.items():
+        if shape != expected.get(key, shape):
+            wrong.append(f"{key} must have shape {expected[key]}, got {shape}")
+    if wrong:
+        raise ValueError(f"weights must be those of a published PLR-OSNet: {wrong[0]}")
+    return "plr_osnet", {}, own | dict(state), num_classes
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, 0.0, 0.01)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _centre_loss(feats: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
+    """The mean of the squared distances to the centres, over the samples whose class has one; 0 of none."""
+    counted = labels < len(centres)
+    dist2 = (_wide(feats) - centres[labels.clamp(max=len(centres) - 1)]).square().sum(1)
+    return torch.where(counted, dist2, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x as float32, unless it is float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
