@@ -18,7 +18,7 @@ from reid3d.preprocess.synth.world import FORMAT, PRESETS
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 FILES = sorted([*RESULTS.glob("kernels-*.json"), *RESULTS.glob("train-*.json")])
 CPU = torch.device("cpu")
-SMALL = kernels.Sizes(points=120, stages=(40, 20), k=5, channels=8, wide=(40, 12), width=9)
+SMALL = kernels.Sizes(points=120, stages=(40, 20), k=5, channels=8, wide=(40, 12), width=9, maps=(9, 3, 5, 20))
 
 
 def check(data):

@@ -9,6 +9,7 @@
 #include "gated_pool.h"
 #include "group_max.h"
 #include "knn.h"
+#include "match_maps.h"
 #include "match_places.h"
 #include "paint.h"
 #include "rasterize.h"
@@ -30,6 +31,9 @@ constexpr PoolKernels<T> kPoolKernels = {kSlotKernels<T, uint8_t>, kSlotKernels<
 template <typename T, typename S>
 constexpr GatedKernels<T, S> kGatedKernels = {gated_pool<T, S>, gated_pool_backward<T, S>};
 
+template <typename T>
+constexpr MapKernels<T> kMapKernels = {pack_rows<T>, pack_columns<T>, match_pair<Wide<T>>, add_matches<T>};
+
 extern const Kernels kernels;
 const Kernels kernels = {
     REID3D_TEXT(REID3D_ISA), paint,
@@ -38,6 +42,8 @@ const Kernels kernels = {
     kPoolKernels<float>,     kPoolKernels<double>,
     kPoolKernels<Half>,      kPoolKernels<BFloat16>,
     kGatedKernels<float, uint8_t>,  kGatedKernels<float, int16_t>,
-    kGatedKernels<double, uint8_t>, kGatedKernels<double, int16_t>};
+    kGatedKernels<double, uint8_t>, kGatedKernels<double, int16_t>,
+    kMapKernels<float>,      kMapKernels<double>,
+    kMapKernels<Half>,       kMapKernels<BFloat16>};
 
 }  // namespace reid3d::REID3D_ISA

@@ -130,6 +130,17 @@ struct GatedKernels {
                    const GatedWeights<T>& weights, GatedShape size, T* scratch, const GatedGradient<T>& grad);
 };
 
+// match_maps: maps (c,l), T as they are given. See match_maps.h.
+template <typename T>
+struct MapKernels {
+  void (*pack_rows)(const T* map, int64_t c, int64_t l, Wide<T>* panels);
+  void (*pack_columns)(const T* map, int64_t c, int64_t l, Wide<T>* panels);
+  void (*match_pair)(const Wide<T>* rows, const Wide<T>* columns, int64_t c, int64_t l, void* scratch, Wide<T>* best,
+                     int16_t* winner);
+  void (*add_matches)(const Wide<T>* grad, const int16_t* winner, const T* gallery, int64_t count, int64_t maps,
+                      int64_t c, int64_t l, int64_t channel, Wide<T>* scratch, Wide<T>* out);
+};
+
 // What a street with a person is made of, in the order of the columns of preprocess/synth/paint.py.
 struct Quad {
   float x, z, dx, dz, width, bottom, top, kind, size, seed, before, colour[3], second[3];
@@ -205,6 +216,14 @@ struct Kernels {
   const GatedKernels<float, int16_t>& gated(float, int16_t) const { return gated_fs; }
   const GatedKernels<double, uint8_t>& gated(double, uint8_t) const { return gated_d; }
   const GatedKernels<double, int16_t>& gated(double, int16_t) const { return gated_ds; }
+  MapKernels<float> map_f;
+  MapKernels<double> map_d;
+  MapKernels<Half> map_h;
+  MapKernels<BFloat16> map_b;
+  const MapKernels<float>& maps(float) const { return map_f; }
+  const MapKernels<double>& maps(double) const { return map_d; }
+  const MapKernels<Half>& maps(Half) const { return map_h; }
+  const MapKernels<BFloat16>& maps(BFloat16) const { return map_b; }
   const PoolKernels<float>& pool(float) const { return pool_f; }
   const PoolKernels<double>& pool(double) const { return pool_d; }
   const PoolKernels<Half>& pool(Half) const { return pool_h; }
@@ -222,5 +241,9 @@ inline int64_t knn_scratch(int64_t n, int64_t k) { return 16 * (n + k + 256); }
 
 // Bytes of scratch for one call of match_places.
 inline int64_t match_scratch(int64_t n, int64_t matches) { return 4 * n + 28 * matches; }
+
+// Numbers of a packed map, and bytes of scratch for a pair, whatever the tile.
+inline int64_t match_panels(int64_t c, int64_t l) { return c * (l + 31) + 16; }
+inline int64_t match_pair_scratch(int64_t l) { return 16 * 16 * (l + 11); }
 
 }  // namespace reid3d

@@ -100,6 +100,8 @@ REID3D_LANES(Mask, operator<, Vec, Vec, a.v[i] < b.v[i])
 REID3D_LANES(Mask, operator<=, Vec, Vec, a.v[i] <= b.v[i])
 REID3D_LANES(Mask, operator==, Vec, Vec, a.v[i] == b.v[i])
 REID3D_LANES(Mask, unordered, Vec, Vec, (a.v[i] != a.v[i]) | (b.v[i] != b.v[i]))
+// a > b, or a is a NaN and b is none
+REID3D_LANES(Mask, above, Vec, Vec, (a.v[i] > b.v[i]) | ((a.v[i] != a.v[i]) & (b.v[i] == b.v[i])))
 REID3D_LANES(Mask, operator|, Mask, Mask, a.v[i] | b.v[i])
 #undef REID3D_LANES
 
@@ -209,6 +211,9 @@ REID3D_INLINE Lanes operator<(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a
 REID3D_INLINE Lanes operator<=(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
 REID3D_INLINE Lanes operator==(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 REID3D_INLINE Lanes unordered(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q)}; }
+REID3D_INLINE Lanes above(Floats a, Floats b) {
+  return {_mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(b.v, b.v, _CMP_ORD_Q), a.v, b.v, _CMP_NLE_UQ)};
+}
 REID3D_INLINE Lanes operator|(Lanes a, Lanes b) { return {_mm512_kor(a.m, b.m)}; }
 REID3D_INLINE uint32_t bits(Lanes m) { return m.m; }
 REID3D_INLINE Floats where(Lanes m, Floats a, Floats b) { return {_mm512_mask_mov_ps(b.v, m.m, a.v)}; }
@@ -284,6 +289,12 @@ REID3D_COMPARE(operator<=, _CMP_LE_OQ)
 REID3D_COMPARE(operator==, _CMP_EQ_OQ)
 REID3D_COMPARE(unordered, _CMP_UNORD_Q)
 #undef REID3D_COMPARE
+REID3D_INLINE Lanes above(Floats a, Floats b) {
+  const auto half = [](__m256 a, __m256 b) {
+    return _mm256_and_ps(_mm256_cmp_ps(b, b, _CMP_ORD_Q), _mm256_cmp_ps(a, b, _CMP_NLE_UQ));
+  };
+  return {half(a.lo, b.lo), half(a.hi, b.hi)};
+}
 REID3D_INLINE Lanes operator|(Lanes a, Lanes b) { return {_mm256_or_ps(a.lo, b.lo), _mm256_or_ps(a.hi, b.hi)}; }
 REID3D_INLINE uint32_t bits(Lanes m) {
   return static_cast<uint32_t>(_mm256_movemask_ps(m.lo) | _mm256_movemask_ps(m.hi) << 8);

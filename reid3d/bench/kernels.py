@@ -1,4 +1,6 @@
-"""What `reid3d bench kernels` measures: each op on clouds of OG-Net's sizes, ours, plain torch and other libraries."""
+"""What `reid3d bench kernels` measures: each op on clouds of OG-Net's sizes, and `match_maps` on QAConv's, ours, plain
+torch and other libraries.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,6 +25,7 @@ class Sizes(NamedTuple):
     wide: tuple[int, ...] = (768, 96)  # points in the feature space of its last stages
     width: int = 515
     crops: tuple[tuple[int, int], ...] = ((128, 64), (256, 128))  # pixels
+    maps: tuple[int, int, int, int] = (16, 32, 128, 192)  # query and gallery maps of QAConv, channels, positions
 
 
 SIZES = Sizes()
@@ -158,6 +161,8 @@ def cases(device: torch.device, peers: dict[str, Any], threads: int) -> Iterator
         cloud = torch.rand(batch, s.points, 3, generator=generator).to(device)
         yield knn_case(cloud, s.k, "uniform", peers, threads)
         yield fps_case(cloud, s.stages[0], "uniform", peers)
+    for backward in (False, True):
+        yield match_maps_case(*s.maps, backward, device)
 
 
 def knn_case(x: Tensor, k: int, kind: str, peers: dict[str, Any], threads: int) -> Case:
@@ -470,4 +475,41 @@ def rasterize_case(batch: int, height: int, width: int, device: torch.device) ->
     case.add("reid3d.ops.rasterize", ours, lambda out: right(out.face), kind="ours")
     plain = partial(ops.rasterize_reference, points, faces, height, width)
     case.add("plain torch", plain, lambda out: right(out[1]))
+    return case
+
+
+def match_maps_case(Q: int, G: int, C: int, L: int, backward: bool, device: torch.device) -> Case:
+    """All pairs, with the gradient of the query maps, as in training against a memory of classes. Of whole numbers, whose
+    products float32 does not round: the winners are everybody's.
+    """
+    generator = torch.Generator().manual_seed(5)
+    query, gallery = (torch.randint(-99, 100, (n, C, L), generator=generator).float().to(device) for n in (Q, G))
+    grad = torch.rand(Q, G, 2, L, generator=generator).to(device)
+
+    def einsum(query: Tensor, gallery: Tensor, pool: Callable[[Tensor, int], Tensor]) -> Tensor:
+        sim = torch.einsum("qci,gcj->qgij", query, gallery)
+        return torch.stack([pool(sim, 3), pool(sim, 2)], 2)
+
+    def blocks(query: Tensor, pool: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """8 x 8 pairs at a time, whose similarities stay in the cache of a CPU."""
+        return torch.cat([torch.cat([einsum(q, g, pool) for g in gallery.split(8)], 1) for q in query.split(8)])
+
+    def first(sim: Tensor, dim: int) -> Tensor:
+        return sim.max(dim).values
+
+    ways: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
+        ("ours", "reid3d.ops.match_maps", lambda query: ops.match_maps(query, gallery)),
+        ("torch", "einsum as published", lambda query: einsum(query, gallery, first)),
+        ("torch", "einsum as published, 8 x 8 pairs", lambda query: blocks(query, first)),
+        ("torch", "einsum + amax, 8 x 8 pairs", lambda query: blocks(query, torch.amax)),
+    ]
+    if backward:  # to the winner alone, where amax divides it among equal ones
+        exact = _both(query.double(), lambda q: einsum(q, gallery.double(), first), grad.double())()
+    else:
+        exact = einsum(query.double(), gallery.double(), first)
+    right = _close(exact)
+    case = Case("match_maps" + " + gradient" * backward, f"{Q} x {G} maps of {C} x {L}")
+    for kind, name, way in ways:
+        call = _both(query, way, grad) if backward else partial(way, query)
+        case.add(name, call, lambda out: right((out,)), kind=kind)
     return case

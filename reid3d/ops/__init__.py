@@ -1,5 +1,5 @@
-"""Point-cloud ops on (B,N,D) tensors, a z-buffer, and places in ranked lists: one contract, from the compiled kernels
-the same on every device.
+"""Point-cloud ops on (B,N,D) tensors, a z-buffer, matches of feature maps, and places in ranked lists: one contract,
+from the compiled kernels the same on every device.
 
 Each op is one file: contract, wrapper, plain-torch reference, schema, fake kernel, gradient. The compiled kernels in
 reid3d/_C.so (CPU) and reid3d/_C_cuda.so replace the references on their device; REID3D_NO_EXTENSION=1 in the
@@ -7,7 +7,8 @@ environment leaves them out. The references round float32 distances almost alway
 (`knn.squared_distances`). `reid3d.ops.pyg` has the same on the flat batches of PyG.
 
 The CPU kernels are compiled for AVX-512, for AVX2 and for any machine, and the processor decides which run;
-REID3D_ISA=avx512, avx2 or portable in the environment sets the most they may use. All give the same bits.
+REID3D_ISA=avx512, avx2 or portable in the environment sets the most they may use. All give the same bits,
+but for `gated_pool` and `match_maps`, which round as the processor does.
 """
 
 import os
@@ -22,6 +23,7 @@ from .fps import farthest_point_sample, farthest_point_sample_reference
 from .gated_pool import Gate, GatedPool, gated_pool, gated_pool_reference
 from .group_max import group_max, group_max_reference
 from .knn import KNN, knn, knn_reference
+from .match_maps import match_maps, match_maps_reference
 from .match_places import match_places, match_places_reference
 from .morton import morton_order, morton_order_reference
 from .rasterize import Fragments, rasterize, rasterize_reference
@@ -47,6 +49,8 @@ __all__ = [
     "group_max_reference",
     "knn",
     "knn_reference",
+    "match_maps",
+    "match_maps_reference",
     "match_places",
     "match_places_reference",
     "morton_order",

@@ -69,7 +69,7 @@ def test_unknown_instructions_are_refused():
 def test_cuda_library_loads_beside_any_torch_and_registers_its_kernels():
     path = PACKAGE / "_C_cuda.so"
     ops = ["knn", "farthest_point_sample", "ball_query", "morton_order", "transpose_graph", "rasterize"]
-    ops += ["group_max", "group_max_backward", "edge_pool", "edge_pool_backward"]
+    ops += ["group_max", "group_max_backward", "edge_pool", "edge_pool_backward", "match_maps"]
     found = run(
         "import sys, torch, reid3d.ops\n"
         f"if {path.is_file()}: torch.ops.load_library({str(path)!r})\n"
@@ -86,7 +86,7 @@ def test_report_is_json_and_every_op_works():
     assert info["extension_error"] is None
     assert set(info["ops"]) == {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
     names = ["knn", "farthest_point_sample", "ball_query", "group_max", "edge_pool", "morton_order", "transpose_graph"]
-    names += ["rasterize", "gated_pool", "match_places"]
+    names += ["rasterize", "gated_pool", "match_maps", "match_places"]
     assert all(results == dict.fromkeys(names, "ok") for results in info["ops"].values())
     assert "on cpu    ball_query: ok" in doctor.format_report(info).splitlines()
 
