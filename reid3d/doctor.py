@@ -70,7 +70,7 @@ def check_ops(device: str) -> dict[str, str]:
             lambda: ops.gated_pool(line, line, pairs, line[0]).extreme,
             [[[0, 1, 3], [0, 2, 6], [0, 6, 18]]],
         ),
-        "match_maps": (lambda: ops.match_maps(line, line[:, :, [1, 0, 2]]), [[[[9, 0, 0], [0, 9, 0]]]]),
+        "match_maps": (lambda: ops.match_maps(line, line[:, :, [1, 0, 2]]), [[[[10, 0, 0], [0, 10, 0]]]]),
         "match_places": (lambda: ops.match_places(line[:, 1], pairs[:, 0, 1:], pairs[:, 0, :1] - 1), [[2]]),
         "morton_order": (lambda: ops.morton_order(line), [[0, 1, 2]]),
         "transpose_graph": (lambda: ops.transpose_graph(pairs, 3).edges, [[0, 3, 1, 2, 5, 4]]),

@@ -479,8 +479,8 @@ def rasterize_case(batch: int, height: int, width: int, device: torch.device) ->
 
 
 def match_maps_case(Q: int, G: int, C: int, L: int, backward: bool, device: torch.device) -> Case:
-    """All pairs, with the gradient of the query maps, as in training against a memory of classes. Of whole numbers, whose
-    products float32 does not round: the winners are everybody's.
+    """All pairs, with the gradient of the query maps, as in training against a memory of classes; of whole numbers,
+    which float32 multiplies and adds exactly, so that the winners are everybody's.
     """
     generator = torch.Generator().manual_seed(5)
     query, gallery = (torch.randint(-99, 100, (n, C, L), generator=generator).float().to(device) for n in (Q, G))

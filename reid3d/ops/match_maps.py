@@ -93,6 +93,8 @@ def match_maps_backward_reference(grad: Tensor, winner: Tensor, gallery: Tensor)
     """The gradient (Q,C,L) of the query maps: of each pair a matrix with what goes from a position to a position, times
     the gallery map.
     """
+    if winner.shape != grad.shape:
+        raise RuntimeError("match_maps: there is no gradient without winners")
     Q, G, _, L = grad.shape
     out = grad.new_zeros((Q, gallery.shape[1], L))
     for q in range(0, Q, 8):

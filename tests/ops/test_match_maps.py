@@ -273,7 +273,7 @@ def test_errors(change, error, message):
 
 
 def test_no_gradient_without_winners():
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="there is no gradient without winners"):
         torch.ops.reid3d.match_maps_backward(torch.zeros(2, 2, 2, 4), torch.zeros(0, 2, 2, 4, dtype=torch.int16), MAPS)
 
 
