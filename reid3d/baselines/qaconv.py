@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -405,8 +405,11 @@ def from_official(
     version: Version = "2.1" if shared and "neck_bn.weight" not in state else "1.0"
     blocks = {found[1] for key in state if (found := re.match(r"base\.layer3\.(\d+)\.", key))}
     ibn = "b" if "base.bn1.weight" in state and "base.bn1.running_mean" not in state else None
-    known = {(6, None): ("qaconv50", qaconv50), (36, None): ("qaconv152", qaconv152)}
-    known |= {(6, "b"): ("qaconv50_ibn_b", qaconv50_ibn_b)}
+    known: dict[tuple[int, str | None], tuple[str, Callable[..., QAConv]]] = {
+        (6, None): ("qaconv50", qaconv50),
+        (36, None): ("qaconv152", qaconv152),
+        (6, "b"): ("qaconv50_ibn_b", qaconv50_ibn_b),
+    }
     if (len(blocks), ibn) not in known:
         raise ValueError(f"base.layer3 must have 6 blocks, or without IBN 36, got {len(blocks)}")
     name, make = known[len(blocks), ibn]
