@@ -66,7 +66,8 @@ class ResNet(nn.Module):
         depth: 50, 101 or 152.
         last_stride: of layer4, 1 or 2; re-identification mostly takes 1.
         ibn: "a" makes the first norm of the blocks of layer1 to layer3 half an instance norm; "b" instance-normalises
-            what the stem convolves and what layer1 and layer2 return, before the ReLU.
+            what the stem convolves and what layer1 and layer2 return, before the ReLU. There are published weights of
+            either for 50 and 101 layers; 152 is built by the same rule, for training from nothing.
         stages: how many of the four to build, from the first; the features are those of the last one built, at 1/4 of
             the image's height and width after one, 1/8 after two and 1/16 after three.
 

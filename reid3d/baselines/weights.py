@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from .image_model import ImageModel
+from .resnet import BLOCKS
 
 WRAPPERS = "state_dict", "model"  # what trainers keep the weights under
 PREFIXES = "module.", "base.", "model.", "backbone."  # of DataParallel, and of the nets around a backbone
@@ -80,7 +81,7 @@ def load_backbone(model: ImageModel, path: str | Path) -> Report:
     Raises:
         FileNotFoundError: no such file.
         ValueError: no checkpoint; or a tensor of the backbone is missing, of another shape, or one too many (a deeper
-            net of the same family). The counts of BatchNorm may be missing.
+            net of the same family), and what the file looks like instead. The counts of BatchNorm may be missing.
     """
     own = model.state_dict()
     source: dict[str, Tensor] = {}  # by name in the model
@@ -91,7 +92,7 @@ def load_backbone(model: ImageModel, path: str | Path) -> Report:
         for name in names:
             if own[name].shape != tensor.shape:
                 shape = tuple(own[name].shape)
-                raise _another_backbone(path, f"{key} must have shape {shape}, got {tuple(tensor.shape)}")
+                raise _another_backbone(path, tensors, f"{key} must have shape {shape}, got {tuple(tensor.shape)}")
             source[name] = tensor
         if names:
             filled.add(key.partition(".")[0])
@@ -100,11 +101,11 @@ def load_backbone(model: ImageModel, path: str | Path) -> Report:
     fresh = tuple(name for name in own if name.startswith(model.backbone) and name not in source)
     for name in fresh:
         if not name.endswith(COUNT):
-            raise _another_backbone(path, f"{name} of the model is not in it")
+            raise _another_backbone(path, tensors, f"{name} of the model is not in it")
     for key in unused:
         # layer3.6 of a deeper ResNet; but not the whole layer4, before which a model may end.
         if key.partition(".")[0] in filled and model.of_backbone(key) and not key.endswith(COUNT):
-            raise _another_backbone(path, f"{key} is not in the model")
+            raise _another_backbone(path, tensors, f"{key} is not in the model")
     with torch.no_grad():
         for name, tensor in source.items():
             own[name].copy_(tensor)
@@ -180,5 +181,22 @@ def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
-def _another_backbone(path: str | Path, wrong: str) -> ValueError:
-    return ValueError(f"weights must be of the model's backbone, got {path}: {wrong}")
+def _another_backbone(path: str | Path, tensors: Mapping[str, Tensor], wrong: str) -> ValueError:
+    return ValueError(f"weights must be of the model's backbone, got {path}, {_looks_like(tensors)}: {wrong}")
+
+
+def _looks_like(tensors: Mapping[str, Tensor]) -> str:
+    """What net the keys are of, in words."""
+    if any(key.startswith("conv2.0.conv2") for key in tensors):  # the streams of a block
+        return "an OSNet" + (" with instance norms" if any(".IN." in key for key in tensors) else "")
+    blocks = tuple(len({key.split(".")[1] for key in tensors if key.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4))
+    if not blocks[0]:
+        return f"a file of {', '.join(list(tensors)[:2])}{', ...' if len(tensors) > 2 else ''}"
+    # Nets of basic blocks have no conv3, and as many blocks: ResNet-34 as ResNet-50. Files may end before layer4.
+    depths = [
+        depth for depth, counts in BLOCKS.items() if counts[:3] == blocks[:3] and "layer1.0.conv3.weight" in tensors
+    ]
+    net = f"a ResNet-{depths[0]}" if depths else f"a ResNet of {', '.join(map(str, blocks))} blocks"
+    if "layer1.0.bn1.IN.weight" in tensors:
+        return f"{net} with IBN-a"
+    return f"{net} with IBN-b" if f"layer1.{blocks[0] - 1}.IN.weight" in tensors else net

@@ -138,7 +138,7 @@ def test_layout_is_torchvisions(depth, parameters):
     assert model(torch.zeros(1, 3, 224, 224, device="meta")).shape == (1, ResNet.channels, 7, 7)
 
 
-@pytest.mark.parametrize("depth", [50, 101])
+@pytest.mark.parametrize("depth", [50, 101, 152])
 @pytest.mark.parametrize("ibn", ["a", "b"])
 def test_layout_is_ibn_nets(depth, ibn):
     with torch.device("meta"):
@@ -154,7 +154,7 @@ def test_layout_is_ibn_nets(depth, ibn):
         assert more == 0
         assert state["layer3.0.bn1.IN.weight"].shape == state["layer3.0.bn1.BN.running_var"].shape == (128,)
     else:
-        assert norms == {"layer1.2.IN", "layer2.3.IN"}
+        assert norms == {"layer1.2.IN", "layer2.7.IN" if depth == 152 else "layer2.3.IN"}
         assert more == 2 * (256 + 512)
         assert "bn1.running_mean" not in state
 

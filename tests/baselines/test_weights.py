@@ -233,7 +233,9 @@ def test_a_real_resnet(tmp_path):
         cut, ibn, deep = Whole(50, stages=3), Whole(50, "a"), Whole(101)
     assert len(load_backbone(cut, path).loaded) == sum(not key.startswith(("layer4", "fc")) for key in state)
     for other, first in ((ibn, "base.layer1.0.bn1.IN.weight"), (deep, "base.layer3.6.conv1.weight")):
-        with pytest.raises(ValueError, match=f"resnet50.pth: {re.escape(first)} of the model is not in it"):
+        with pytest.raises(
+            ValueError, match=f"resnet50.pth, a ResNet-50: {re.escape(first)} of the model is not in it"
+        ):
             load_backbone(other, path)
 
 
@@ -256,6 +258,7 @@ def drop(key):
         (lambda s: s.update({"bn1.weight": torch.ones(5)}), "bn1.weight must have shape (4,), got (5,)"),
         (lambda s: s.update(norm("layer1.2.bn1", 4)), "layer1.2.bn1.weight is not in the model"),
         (lambda s: s.clear() or s.update(norm("conv5.bn", 3)), "base.conv1.weight of the model is not in it"),
+        (lambda s: s.update({"layer1.0.bn1.IN.weight": torch.ones(2)}), "layer1.0.bn1.IN.weight is not in the model"),
     ],
 )
 def test_another_backbone_changes_nothing(change, message, tmp_path):
@@ -264,9 +267,45 @@ def test_another_backbone_changes_nothing(change, message, tmp_path):
     model = Small()
     before = snapshot(model)
     path = save(tmp_path / "other.pth", state)
-    with pytest.raises(ValueError, match=re.escape(f"weights must be of the model's backbone, got {path}: {message}")):
+    start, end = (
+        re.escape(text) for text in (f"weights must be of the model's backbone, got {path}, a ", f": {message}")
+    )
+    with pytest.raises(ValueError, match=f"^{start}[^\n]+{end}$"):
         load_backbone(model, path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def resnet_keys(blocks, *more, conv3=True):
+    convs = ("conv1", "conv2", "conv3")[: 3 if conv3 else 2]
+    keys = [f"layer{i}.{j}.{c}.weight" for i, count in enumerate(blocks, 1) for j in range(count) for c in convs]
+    return ["conv1.weight", *keys, *more]
+
+
+OSNET = ["conv1.conv.weight", "conv2.0.conv1.conv.weight", "conv2.0.conv2a.conv1.weight", "conv2.2.0.conv.weight"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (resnet_keys((3, 4, 6, 3)), "a ResNet-50"),
+        (resnet_keys((3, 4, 23, 3), "fc.weight"), "a ResNet-101"),
+        (resnet_keys((3, 8, 36)), "a ResNet-152"),  # QAConv's end there
+        (resnet_keys((3, 4, 6, 3), conv3=False), "a ResNet of 3, 4, 6, 3 blocks"),  # ResNet-34
+        (resnet_keys((2, 2, 2, 2), conv3=False), "a ResNet of 2, 2, 2, 2 blocks"),
+        (resnet_keys((3, 4, 6, 3), "layer1.0.bn1.IN.weight"), "a ResNet-50 with IBN-a"),
+        (resnet_keys((3, 4, 23, 3), "layer1.2.IN.weight", "layer2.3.IN.weight"), "a ResNet-101 with IBN-b"),
+        (OSNET, "an OSNet"),
+        ([*OSNET, "conv2.0.IN.weight"], "an OSNet with instance norms"),
+        (["conv2.0.conv2.0.layers.0.conv1.weight", "conv2.0.IN.weight"], "an OSNet with instance norms"),  # osnet_ain
+        (["cls_token", "pos_embed", "blocks.0.norm1.weight"], "a file of cls_token, pos_embed, ..."),
+        (["weight"], "a file of weight"),
+    ],
+)
+def test_another_backbone_is_told_by_its_keys(keys, expected, tmp_path):
+    model = Small()
+    path = save(tmp_path / "other.pth", prefixed("module.", dict.fromkeys(keys, torch.ones(1))))
+    with pytest.raises(ValueError, match=re.escape(f"got {path}, {expected}: ")):
+        load_backbone(model, path)
 
 
 @pytest.mark.parametrize(("file", "model"), [("a", None), (None, "a"), ("b", None), (None, "b"), ("a", "b")])
