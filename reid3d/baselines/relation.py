@@ -48,10 +48,10 @@ class RelationNet(ImageModel):
 
     Args:
         backbone: (B, 3, H, W) to a map (B, `backbone.channels`, H / 16, any width).
-        strips: n, each >= 2.
+        strips: n, each >= 2 and unlike the others.
         num_classes: training ids; 0 for no classifiers.
         dim: length of a feature.
-        form: whose way it is where paper and published code differ, unless one of the following says another:
+        form: whose way it is where paper and published code differ. Each of the following is `form` unless given:
         contrast: the paper's mean of the parts less the maximum, which is <= 0; the code's (sum of the parts - maximum)
             / (n - 1), which is >= 0.
         reduction: to p and r by the paper's 1x1 convolution alone; in the code BatchNorm and ReLU follow.
@@ -62,8 +62,8 @@ class RelationNet(ImageModel):
     among the published parameters. Classifiers start as N(0, 0.001), their biases as 0, all else as torch makes it.
 
     Raises:
-        ValueError: no strips or fewer than 2, num_classes below 0, another word for a form; when called, a height that
-            is no multiple of 16 times each n, or in training mode fewer than 2 images.
+        ValueError: no strips, fewer than 2 or as many twice, num_classes below 0, another word for a form; when called,
+            a height that is no multiple of 16 times each n, or in training mode fewer than 2 images.
 
     Source: as this file, eq. 1 and 2.
     """
@@ -87,8 +87,8 @@ class RelationNet(ImageModel):
         triplet: Form | None = None,
     ) -> None:
         super().__init__()
-        if not strips or min(strips) < 2:
-            raise ValueError(f"strips must be one or more numbers of at least 2, got {tuple(strips)}")
+        if not strips or min(strips) < 2 or len(set(strips)) < len(strips):
+            raise ValueError(f"strips must be one or more different numbers of at least 2, got {tuple(strips)}")
         if num_classes < 0:
             raise ValueError(f"num_classes must be at least 0, got {num_classes}")
         asked = {"contrast": contrast, "reduction": reduction, "cross_entropy": cross_entropy, "triplet": triplet}
@@ -200,8 +200,8 @@ def relation_s(
 ) -> RelationNet:
     """The paper's Ours-S, on ResNet-50 with 6 strips: 1,792 numbers.
 
-    31,781,696 parameters without classifiers, 6.1 GMAC for 384 x 128 pixels. The height must be a
-    multiple of 96. See RelationNet.
+    31,781,696 parameters without classifiers, 6.1 GMAC for 384 x 128 pixels. The height must be a multiple of 96.
+    See RelationNet.
     """
     return RelationNet(
         ResNet(50, last_stride=1),
@@ -226,8 +226,8 @@ def relation_f(
 ) -> RelationNet:
     """The paper's Ours-F, on ResNet-50 with 6, 4 and 2 strips: 3,840 numbers.
 
-    41,237,312 parameters without classifiers, 6.1 GMAC for 384 x 128 pixels. The height must be a
-    multiple of 192. See RelationNet.
+    41,237,312 parameters without classifiers, 6.1 GMAC for 384 x 128 pixels. The height must be a multiple of 192.
+    See RelationNet.
     """
     return RelationNet(
         ResNet(50, last_stride=1),

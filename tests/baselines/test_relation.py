@@ -411,8 +411,8 @@ def test_bad_input():
         model.loss(output, torch.tensor([0, 1]))
     with pytest.raises(TypeError, match="labels must be an int64 tensor"):
         model.loss(output, torch.tensor([0, 1, 1], dtype=torch.int32))
-    for strips in ((), (6, 1), (0,)):
-        with pytest.raises(ValueError, match="strips must be one or more numbers of at least 2, got"):
+    for strips in ((), (6, 1), (0,), (6, 2, 6)):
+        with pytest.raises(ValueError, match="strips must be one or more different numbers of at least 2, got"):
             RelationNet(Patches(), strips)
     with pytest.raises(ValueError, match="num_classes must be at least 0, got -1"):
         RelationNet(Patches(), (6,), -1)
