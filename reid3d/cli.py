@@ -538,6 +538,8 @@ def _scored(weights: Path, data: Path, options: argparse.Namespace, folder: Path
     if message := validate_protocol(dataset.query, dataset.gallery):
         print(f"reid3d: {message}", file=sys.stderr)
     model = create_model(weights=weights)
+    if hasattr(model, "scores") and (options.rerank or options.tlift or options.calibrate is not None):
+        raise _UsageError(f"--rerank, --tlift and --calibrate compare features, and {model.name} has its own matcher")
     points = (options.points or _points(model)) if dataset.query.inputs == "cloud" else None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -623,6 +625,8 @@ def _search(options: argparse.Namespace) -> None:
     if options.save:
         options.save.parent.mkdir(parents=True, exist_ok=True)
     model = create_model(weights=_weights(options.weights)) if made else None
+    if hasattr(model, "scores"):
+        raise ValueError(f"search compares features, and {model.name} has its own matcher: see model.scores")
     with TemporaryDirectory() as folder:
         query, gallery = (_features(path, side, Path(folder), model, device) for side, path in sides.items())
         if options.cross_camera and len(gallery) and (gallery.pids == -1).all():

@@ -317,7 +317,7 @@ def _train_epoch(state: _State, feed: _Feed, config: TrainConfig, epoch: int, ba
             output = state.model(*inputs)
         own = hasattr(state.model, "loss")
         parts = state.model.loss(output, labels) if own else _losses(config.loss, output, labels)
-        loss = torch.stack([weights.get(name, 1.0) * value for name, value in parts.items()]).sum()
+        loss = torch.stack([(1.0 if own else weights[name]) * value for name, value in parts.items()]).sum()
         state.optimizer.zero_grad(set_to_none=True)
         state.scaler.scale(loss * (factor if part.warmup_of == "loss" else 1.0)).backward()
         feed.team.average_gradients(state.model)
@@ -411,17 +411,19 @@ def _averaged(state: _State, feed: _Feed, epoch: int) -> nn.Module:
     model = copy.deepcopy(state.model).train()
     for name, parameter in model.named_parameters():
         parameter.copy_(state.average[name])
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in model.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training]
     buffers = [
         (buffer, norm.momentum, torch.zeros_like(buffer, dtype=torch.float64))
         for norm in norms
         for buffer in (norm.running_mean, norm.running_var)
         if buffer is not None and norm.momentum is not None
     ]
-    for inputs, _ in feed.epoch(epoch):
+    for inputs, labels in feed.epoch(epoch):
         for buffer, _, _ in buffers:  # from 0, one batch leaves its momentum's share of its own statistics
             buffer.zero_()
-        model(*inputs)
+        output = model(*inputs)
+        if hasattr(model, "loss"):  # in which there may be norms, too
+            model.loss(output, labels)
         for buffer, momentum, total in buffers:
             total += buffer.double() / momentum
     for buffer, _, total in buffers:

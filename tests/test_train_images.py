@@ -13,6 +13,7 @@ from torch import nn
 from reid3d import models
 from reid3d import train as module
 from reid3d.baselines.image_model import Heads, ImageModel
+from reid3d.cli import main
 from reid3d.config import (
     ImageConfig,
     LossConfig,
@@ -51,7 +52,8 @@ class Tiny(ImageModel):
 
     def loss(self, output, labels):
         self.seen += torch.bincount(labels, minlength=len(self.seen))
-        return {"entropy": 2 * F.cross_entropy(output.logits[0], labels)}
+        # A name that the losses of clouds have too, and a weight of their own there.
+        return {"entropy": 2 * F.cross_entropy(output.logits[0], labels), "triplet": output.feats[0].square().mean()}
 
 
 class Matcher(Tiny):
@@ -93,7 +95,8 @@ def lines(run):
 def test_a_run_learns_and_its_weights_know_their_images(crops, tmp_path):
     run = train(replace(config(crops, tmp_path / "run", epochs=12), image=ImageConfig(height=30)))
     first, *_, last = lines(run)
-    assert last["loss"] == last["entropy"] < first["loss"] / 2 and last["accuracy"] > first["accuracy"]
+    assert last["loss"] == pytest.approx(last["entropy"] + last["triplet"]) and last["triplet"] > 0
+    assert last["loss"] < first["loss"] * 0.7 and last["accuracy"] > first["accuracy"]
     assert last["images_per_second"] > 0
     model = create_model(weights=run / "model.safetensors")
     assert model.size == (30, 12) and model.points is None
@@ -181,6 +184,48 @@ def test_validation_uses_the_models_own_matcher(crops, tmp_path):
     assert found["matcher"] < found["tiny"] - 0.2
     query = extract(Tiny(), open_crops(crops).query, progress=False)
     assert pair_scores(Tiny(), query, query) is None and pair_scores(Matcher(), query, query).shape == (3, 3)
+
+
+class Frozen(Tiny):
+    """Its norm does not learn statistics, and another has some in the loss alone."""
+
+    def __init__(self, num_classes: int = 0) -> None:
+        super().__init__(num_classes)
+        self.late = nn.BatchNorm1d(16)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def loss(self, output, labels):
+        return {"loss": F.cross_entropy(output.logits[0], labels) + self.late(output.feats[0]).square().sum()}
+
+
+def test_averaged_weights_have_statistics_of_all_norms_that_learn_them(crops, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "frozen", Frozen)
+    run = train(config(crops, tmp_path / "run", "frozen", average_from=0.5))
+    model = create_model(weights=run / "model.safetensors")
+    assert torch.equal(model.norm.running_var, torch.ones(16))  # as they began, not 0
+    assert model.late.running_var.min() > 0 and model.late.running_mean.abs().max() > 0
+
+
+def test_a_matcher_is_not_left_out_without_a_word(crops, tmp_path, capsys):
+    run = train(config(crops, tmp_path / "run", "matcher"))
+    assert main(["eval", str(run), str(crops)]) == 0
+    for flag in (["--rerank"], ["--tlift", "frames"], ["--calibrate"]):
+        assert main(["eval", str(run), str(crops), *flag]) == 2
+        assert "compare features, and matcher has its own matcher" in capsys.readouterr().err
+    assert main(["search", "--query", str(crops), "--gallery", str(crops), "--weights", str(run)]) == 1
+    assert "search compares features, and matcher has its own" in capsys.readouterr().err
+
+
+def test_search_among_photos_by_a_method_of_images(crops, tmp_path, capsys):
+    run = train(config(crops, tmp_path / "run", epochs=6))
+    words = ["--query", str(crops), "--gallery", str(crops), "--weights", str(run), "-k", "2"]
+    assert main(["search", *words, "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["matches"]
+    assert [len(one["matches"]) for one in found] == [2, 2, 2]
 
 
 def test_what_does_not_go_together(crops, tmp_path, monkeypatch):

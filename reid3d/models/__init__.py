@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from ..baselines import relation, rmgl
+from ..baselines import plr_osnet, qaconv, relation, rmgl
 from ..baselines import weights as weights_2d
 from ..io import atomic_write
 from . import dgcnn, official, ognet, pointnet2
@@ -30,6 +30,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "dgcnn": dgcnn.dgcnn,
     "pointnet2_ssg": pointnet2.pointnet2_ssg,
     "pointnet2_msg": pointnet2.pointnet2_msg,
+    "plr_osnet": plr_osnet.plr_osnet,
+    "qaconv50": qaconv.qaconv50,
+    "qaconv50_ibn_b": qaconv.qaconv50_ibn_b,
+    "qaconv152": qaconv.qaconv152,
     "relation_f": relation.relation_f,
     "relation_s": relation.relation_s,
     "rmgl": rmgl.rmgl,
