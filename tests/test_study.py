@@ -107,6 +107,25 @@ def test_products_within_gated_pooling_are_counted():
     assert macs(Pooling().eval(), points, idx) == 12 * 5 * 6
 
 
+@pytest.mark.parametrize(
+    "name, giga",
+    [
+        ("plr_osnet", 1.216),
+        ("relation_s", 6.088),
+        ("relation_f", 6.098),
+        ("rmgl", 22.02),
+        ("qaconv50", 3.437),
+        ("qaconv50_ibn_b", 3.437),
+        ("qaconv152", 10.71),
+    ],
+)
+def test_products_of_the_2d_methods(name, giga):
+    """What facts measured elsewhere, and docs/baselines.md says."""
+    with torch.device("meta"):
+        model = create_model(name).eval()
+        assert macs(model, torch.rand(1, 3, *model.size)) / 1e9 == pytest.approx(giga, rel=2e-3)
+
+
 def test_what_cannot_be_compared(world, both, tmp_path):
     cases = [
         (([], world), "models must be different recipes, at least one, got none"),

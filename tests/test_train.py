@@ -37,7 +37,7 @@ from reid3d.data import open_dataset
 from reid3d.data.samplers import BalancedSampler
 from reid3d.io import Record, hold_folder, write_shard
 from reid3d.losses import circle_loss, contrastive_loss, instance_loss, triplet_loss
-from reid3d.models import Output, create_model
+from reid3d.models import Output, create_model, list_models
 from reid3d.models.head import Head
 from reid3d.train import learning_rate, train, warmup_factor
 
@@ -805,6 +805,9 @@ class TestBalancedSampler:
 
 # Of the README of layumi/person-reid-3d: data, model, gamma of the circle loss, Rank-1, mAP, batch, learning rate,
 # epochs, sampling, start of the average, weight decay. Duke's OG-Net-Small has --class without a value there.
+SYNTH = {"synth_plr_osnet", "synth_relation_s", "synth_rmgl", "synth_qaconv50"}
+PAPERS = {"plr_osnet", "plr_osnet_cuhk", "relation_s", "relation_f", "rmgl", "qaconv50", "qaconv152", "qaconv50_ibn_b"}
+METHODS = SYNTH | PAPERS
 PUBLISHED = """\
 market ognet - 86.82 69.02 36 1e-3 1500 class:3 0.9 5e-4
 market ognet 64 87.80 70.56 36 1e-3 1500 balanced 0.9 5e-4
@@ -913,6 +916,16 @@ class TestConfig:
         assert min(read.loss.circle.weight, read.loss.triplet.weight, read.train.clip) > 0
         assert not read.cloud.scale and read.loss.label_smoothing == 0
 
+    def test_recipes_of_2d_methods(self):
+        for name in sorted(METHODS):
+            read = read_config(name, ["--data", "d", "--out", "o"])
+            model = name.removeprefix("synth_").removesuffix("_cuhk")
+            assert read.model.name == model and model in list_models()
+            with torch.device("meta"):
+                assert create_model(model, 5, **read.model.kwargs).inputs == "image"
+            first = recipe_path(name).read_text().splitlines()
+            assert name.startswith("synth_") or first[1].startswith("# Published, Rank-1 / mAP (%): ")
+
     @pytest.mark.parametrize("row", PUBLISHED.split("\n"), ids=lambda row: "_".join(row.split()[:2]))
     def test_published_recipes(self, row):
         data, name, gamma, rank1, mean, batch, lr, epochs, sampling, average, decay = row.split()
@@ -949,4 +962,4 @@ class TestConfig:
         rows = [row.split() for row in PUBLISHED.split("\n")]
         published = {f"{name}_{'' if gamma == '-' else 'circle_'}{data}" for data, name, gamma, *_ in rows}
         assert len(published) == 23
-        assert set(recipes()) == published | {"demo", "ognet_deep_market", "ognet_strong", "synth"}
+        assert set(recipes()) == published | METHODS | {"demo", "ognet_deep_market", "ognet_strong", "synth"}

@@ -89,12 +89,10 @@ def test_metadata(saved):
 
 def test_errors(saved, tmp_path):
     with pytest.raises(
-        ValueError, match="one of dgcnn, ognet, ognet_deep, ognet_small, pointnet2_msg, pointnet2_ssg, got 'resnet'"
+        ValueError, match="one of dgcnn, ognet, ognet_deep, ognet_small, plr_osnet, .*, rmgl, got 'resnet'"
     ):
         create_model("resnet")
-    with pytest.raises(
-        ValueError, match="one of dgcnn, ognet, ognet_deep, ognet_small, pointnet2_msg, pointnet2_ssg, got None"
-    ):
+    with pytest.raises(ValueError, match="one of dgcnn, ognet, ognet_deep, ognet_small, plr_osnet, .*, rmgl, got None"):
         create_model()
     with pytest.raises(ValueError, match="ognet has the arguments k, convs, .*, dropout, .*, preset, got depth"):
         create_model("ognet", depth=3)
