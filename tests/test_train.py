@@ -899,7 +899,9 @@ class TestConfig:
             read_config(None, ["--data", "d"])
 
     def test_unknown_recipe(self):
-        with pytest.raises(ValueError, match="one of demo, ognet_circle_cuhk, .*, synth, got"):
+        with pytest.raises(
+            ValueError, match="one of demo, ognet_circle_cuhk, .*, synth, synth_plr_osnet, .*, synth_rmgl, got"
+        ):
             recipe_path("demonstration")
 
     @pytest.mark.parametrize("name", ["demo", "ognet_deep_market", "ognet_strong", "synth"])

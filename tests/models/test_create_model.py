@@ -23,7 +23,9 @@ def saved(tmp_path):
 
 
 def test_names():
-    assert list_models() == ["dgcnn", "ognet", "ognet_deep", "ognet_small", "pointnet2_msg", "pointnet2_ssg"]
+    of_clouds = ["dgcnn", "ognet", "ognet_deep", "ognet_small", "pointnet2_msg", "pointnet2_ssg"]
+    of_images = ["plr_osnet", "qaconv152", "qaconv50", "qaconv50_ibn_b", "relation_f", "relation_s", "rmgl"]
+    assert list_models() == sorted(of_clouds + of_images)
     model = create_model("ognet", 3)
     assert (model.name, model.num_classes, model.inputs, model.training) == ("ognet", 3, "cloud", True)
 
