@@ -67,6 +67,14 @@ class ImageModel(nn.Module):
         """The terms whose sum is minimised, weighted, by name. labels: (B,) int64 in [0, num_classes)."""
         raise NotImplementedError
 
+    def check_classes(self, labels: Tensor, num_classes: int) -> None:
+        """Raises: ValueError: no classes to learn, or a label outside them."""
+        if not num_classes:
+            raise ValueError("num_classes must be at least 1 for a loss, got 0")
+        outside = labels[(labels < 0) | (labels >= num_classes)]
+        if len(outside):
+            raise ValueError(f"labels must be in [0, {num_classes}), got {outside[0].item()}")
+
     def of_backbone(self, key: str) -> tuple[str, ...]:
         """The names in the state dict that begin as the tensor ``key`` of a published backbone; none if unused."""
         raise NotImplementedError

@@ -153,12 +153,8 @@ class PLROSNet(ImageModel):
 
         Source: the paper's eq. 6; ``triplet.py`` and ``center_loss.py`` of the published code.
         """
-        if not self.num_classes:
-            raise ValueError("num_classes must be at least 1 to have a loss, got 0")
         triplet = [triplet_loss(feats, labels, margin=None) for feats in output.feats]
-        wrong = labels[(labels < 0) | (labels >= self.num_classes)]
-        if len(wrong):
-            raise ValueError(f"labels must be in [0, {self.num_classes}), got {int(wrong[0])}")
+        self.check_classes(labels, self.num_classes)
         cross_entropy = [
             F.cross_entropy(_wide(logits), labels, label_smoothing=self.label_smoothing) for logits in output.logits
         ]

@@ -196,15 +196,11 @@ class QAConv(ImageModel):
         Source: as this file, sec. 3.3 and eq. 1, 2, or ``reid/loss/triplet_loss.py``.
         """
         maps = output.feats[0]
-        if not self.num_classes:
-            raise ValueError("num_classes must be at least 1 for a loss, got 0")
         if labels.dtype != torch.int64:
             raise TypeError(f"labels must be an int64 tensor, got {labels.dtype}")
         if labels.shape != maps.shape[:1]:
             raise ValueError(f"labels must have shape ({len(maps)},), got {tuple(labels.shape)}")
-        outside = labels[(labels < 0) | (labels >= self.num_classes)]
-        if len(outside):
-            raise ValueError(f"labels must be in [0, {self.num_classes}), got {outside[0].item()}")
+        self.check_classes(labels, self.num_classes)
         same = labels[:, None] == labels
         if self.version == "2.1":
             return {"triplet": self._triplet(self.matcher(match_maps(maps.flatten(2), maps.flatten(2))), same)}

@@ -159,13 +159,8 @@ class RelationNet(ImageModel):
 
         Source: as this file, eq. 3 to 6, with means in place of sums over samples; the margin is the code's.
         """
-        if not output.logits:
-            raise ValueError("num_classes must be at least 1 for a loss, got 0")
         triplets = [triplet_loss(feats, labels, margin=MARGIN) for feats in output.feats]
-        classes = output.logits[0].shape[1]
-        outside = labels[(labels < 0) | (labels >= classes)]
-        if len(outside):
-            raise ValueError(f"labels must be in [0, {classes}), got {outside[0].item()}")
+        self.check_classes(labels, output.logits[0].shape[1] if output.logits else 0)
         logits = torch.cat(output.logits)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         count = len(output.logits)

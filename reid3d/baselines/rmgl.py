@@ -216,15 +216,13 @@ class RMGL(ImageModel):
         Args:
             output: of training mode. labels: (B,) int64 in [0, num_classes).
 
-        Raises: TypeError, ValueError: as `triplet_loss`; ValueError: a model without classes. IndexError: a label
-            outside the classes, on the CPU.
+        Raises: TypeError, ValueError: as `triplet_loss`; ValueError: a label outside the classes, a model without any.
 
         Source: as this file, eq. 2 to 4, with means in place of sums over samples, and without eq. 3's leading minus,
         which would push people together.
         """
-        if not output.logits:
-            raise ValueError("num_classes must be at least 1 for a loss, got 0")
         triplets = [triplet_loss(feats, labels, margin=MARGIN) for feats in output.feats]
+        self.check_classes(labels, output.logits[0].shape[1] if output.logits else 0)
         entropies = [F.cross_entropy(logits, labels) for logits in output.logits]
         return {"cross_entropy": torch.stack(entropies).sum(), "triplet": torch.stack(triplets).sum()}
 

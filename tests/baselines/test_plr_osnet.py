@@ -386,7 +386,7 @@ def test_without_classes():
     output = model(crops(2))
     assert [tuple(feats.shape) for feats in output.feats] == [(2, 2048), (2, 512)] and output.logits == ()
     assert not any(name.startswith(model.classifiers) for name in model.state_dict())
-    with pytest.raises(ValueError, match="num_classes must be at least 1 to have a loss, got 0"):
+    with pytest.raises(ValueError, match="num_classes must be at least 1 for a loss, got 0"):
         model.loss(output, torch.tensor([0, 0]))
 
 
