@@ -76,7 +76,7 @@ def test_help_and_version(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "a command is needed: synth, convert, train, eval, search, export-features, view, doctor, bench"),
+        ([], "a command is needed: synth, convert, train, eval, search, export-features, view, study, doctor, bench"),
         (["evaluate"], "invalid choice: 'evaluate'"),
         (["synth"], "the following arguments are required: OUT"),
         (["synth", "out", "--seed", "-1"], "argument --seed: must be a whole number from 0 to 9223372036854775807"),

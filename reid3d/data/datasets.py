@@ -12,17 +12,18 @@ import numpy as np
 from ..io import DATASET_FILE
 from .clouds import CloudDataset, open_clouds
 from .crops import ImageDataset, open_crops
+from .layouts import EXTENSIONS
 
 
 def open_dataset(root: str | Path) -> CloudDataset | ImageDataset:
     """Open a folder of cloud shards, by their manifests, or the crops of a data set in any usual layout, by their names
-    (`list_images`); reads no points and no pixels.
+    (`list_images`), an image and a table among them; reads no points and no pixels.
 
     Raises: FileNotFoundError when there is no such folder; ValueError when it holds neither, a conversion into it was
         not finished, or a shard is truncated, corrupt or foreign.
     """
     root = Path(root)
-    if not root.exists():
+    if not (root.is_dir() or (root.is_file() and root.suffix.lower() in (".csv", *EXTENSIONS))):
         raise FileNotFoundError(f"root: no such folder: {root}")
     if (root / DATASET_FILE).exists() or next(root.glob("[!.]*.safetensors"), None):
         return open_clouds(root)

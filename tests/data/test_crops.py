@@ -80,7 +80,18 @@ def test_a_crop_that_cannot_be_read_is_named(tmp_path):
         train[1]
 
 
+def test_a_table_and_an_image_are_data_sets_too(root, tmp_path):
+    path = root / PEOPLE[3][0] / PEOPLE[3][1]
+    assert open_dataset(path).all.names == [path.name]
+    Image.new("RGB", (12, 24)).save(tmp_path / "a.png")
+    (tmp_path / "people.csv").write_text("path,pid,split\na.png,4,query\n")
+    assert open_dataset(tmp_path / "people.csv").query.pids.tolist() == [4]
+
+
 def test_what_holds_neither(tmp_path):
+    (tmp_path / "notes.txt").write_text("no data set")
+    with pytest.raises(FileNotFoundError, match="root: no such folder"):
+        open_dataset(tmp_path / "notes.txt")
     with pytest.raises(FileNotFoundError, match="root: no such folder"):
         open_dataset(tmp_path / "none")
     with pytest.raises(ValueError, match=f"root holds no cloud shards: {tmp_path} .*; root holds no crops"):
