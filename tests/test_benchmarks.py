@@ -182,6 +182,19 @@ def test_published_figures_of_networks():
     assert all(max(scores[a]) < min(scores[b]) for a, b in zip(order, order[1:], strict=False))
 
 
+def test_published_figures_of_the_pair_matcher():
+    data = json.loads((RESULTS / "matcher-cpu.json").read_text())
+    check_origin(data)
+    assert data["suite"] == "matcher" and data["map"] == [128, 24, 8]
+    assert data["largest_error"] < 1e-4 and data["MiB_beyond_the_result"] < 100
+    rates = data["pairs_per_second"]
+    assert rates["2"]["reid3d.ops.match_maps"] >= 16_000
+    for of in rates.values():  # as fast as a plain matrix product, which takes no maxima
+        assert of["reid3d.ops.match_maps"] >= of["square matrix product"] >= of["einsum, 8 x 8 pairs"]
+    reuse = data["all_against_all"]
+    assert reuse["reused_s"] <= 0.7 * reuse["as_others_s"]
+
+
 def test_published_figures_of_times():
     data = json.loads((RESULTS / "temporal-cpu.json").read_text())
     check_origin(data)
