@@ -625,7 +625,7 @@ def _search(options: argparse.Namespace) -> None:
     if options.save:
         options.save.parent.mkdir(parents=True, exist_ok=True)
     model = create_model(weights=_weights(options.weights)) if made else None
-    if hasattr(model, "scores"):
+    if model is not None and hasattr(model, "scores"):
         raise ValueError(f"search compares features, and {model.name} has its own matcher: see model.scores")
     with TemporaryDirectory() as folder:
         query, gallery = (_features(path, side, Path(folder), model, device) for side, path in sides.items())
