@@ -231,10 +231,11 @@ class QAConv(ImageModel):
 
         Version 1.0 gives sigmoid(logit / 10), in [0, 1], which depends on the order of a pair; version 2.1 the logit,
         which does not, but for rounding. Re-ranking wants distances that are not negative: 1 - score of version 1.0,
-        and of version 2.1 1 - sigmoid(score), not -score, as in its code.
+        and of version 2.1 sigmoid(-score / 10), not -score, as in its code, nor 1 - sigmoid(score), which is exactly 0
+        in float32 from 17 on.
 
-        Maps are matched `BLOCK` by `BLOCK`, those of the gallery in float16, which moves scores by less than 1e-3;
-        beside the result memory does not grow with their numbers. Where q is g each pair is matched in one order, which
+        Maps are matched `BLOCK` by `BLOCK`, those of the gallery in float16, which moves scores in [0, 1] by less
+        than 1e-3; beside the result memory does not grow with their numbers. Where q is g each pair is matched in one order, which
         gives the scores of both.
 
         Args:
