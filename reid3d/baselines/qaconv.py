@@ -234,9 +234,9 @@ class QAConv(ImageModel):
         and of version 2.1 sigmoid(-score / 10), not -score, as in its code, nor 1 - sigmoid(score), which is exactly 0
         in float32 from 17 on.
 
-        Maps are matched `BLOCK` by `BLOCK`, those of the gallery in float16, which moves scores in [0, 1] by less
-        than 1e-3; beside the result memory does not grow with their numbers. Where q is g each pair is matched in one order, which
-        gives the scores of both.
+        Maps are matched `BLOCK` by `BLOCK`, those of the gallery in float16, which moves scores in [0, 1] by less than
+        1e-3; beside the result memory does not grow with their numbers. Where q is g each pair is matched in one order,
+        which gives the scores of both.
 
         Args:
             q, g: of this model; their maps may be scaled, as `extract` does.
