@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
 from .config import TrainConfig, dump_config, read_config, recipes
-from .data import CloudDataset, ImageDataset, open_dataset, validate_protocol
+from .data import CloudDataset, ImageDataset, open_clouds, open_dataset, validate_protocol
 from .io import DATASET_FILE, atomic_write
 from .models import create_model, list_models, resolve_device
 from .retrieval import evaluate, extract, pair_scores
@@ -87,6 +87,8 @@ def compare(
     inputs = {name: str(_bare(runs[0]).inputs) for name, runs in configs.items()}
     if "cloud" in inputs.values():
         datasets["cloud"] = _clouds(data, out / "clouds")
+    for dataset in datasets.values():  # before hours of training
+        validate_protocol(dataset.query, dataset.gallery)
     rows = []
     for name, runs in configs.items():
         dataset = datasets[inputs[name]]
@@ -170,9 +172,7 @@ def _clouds(data: str | Path, folder: Path) -> CloudDataset:
 
     if not (folder / DATASET_FILE).exists():
         convert_folder(data, folder)
-    clouds = open_dataset(folder)
-    assert isinstance(clouds, CloudDataset)
-    return clouds
+    return open_clouds(folder)
 
 
 def _result(config: TrainConfig, dataset: CloudDataset | ImageDataset) -> dict[str, Any]:
@@ -183,7 +183,6 @@ def _result(config: TrainConfig, dataset: CloudDataset | ImageDataset) -> dict[s
         return dict(json.loads(path.read_text()))
     train(config)
     model = create_model(weights=run / "model.safetensors")
-    validate_protocol(dataset.query, dataset.gallery)
     device = resolve_device(config.train.device)
     query, gallery = (extract(model, split, device=device) for split in (dataset.query, dataset.gallery))
     result = evaluate(query, gallery, scores=pair_scores(model, query, gallery))

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .baselines.weights import load_backbone
 from .config import LossConfig, OptimConfig, TrainConfig, dump_config, read_config
 from .data.datasets import open_dataset, validate_protocol
 from .data.image_transforms import ImageTrainTransform
@@ -96,7 +97,7 @@ def train(config: TrainConfig) -> Path:
                 model = create_model(config.model.name, split.num_pids, **config.model.kwargs).to(team.device)
             except TypeError as error:
                 raise ValueError(f"model.kwargs: {error}") from error
-            _check_model(config, model, split, team)
+            _prepare(config, model, split, team)
             feed = _Feed(config, split, team, model)
             with contextlib.ExitStack() as held:
                 if team.leads:
@@ -193,14 +194,14 @@ class _Feed:
 
     def __init__(self, config: TrainConfig, split: Split, team: _Team, model: Any) -> None:
         cloud, image, seed = config.cloud, config.image, config.train.seed
-        of_cloud = TrainTransform(cloud.points, cloud.flip, cloud.scale, cloud.jitter, cloud.background)
         if split.inputs == "image":
             varied = image.flip, image.erasing, image.occlusion, image.shift
             split = split.with_transform(
                 ImageTrainTransform(model.size[0], model.size[1], model.resample, *varied), seed
             )
         else:
-            split = split.with_transform(of_cloud.pick, seed)
+            varying = TrainTransform(cloud.points, cloud.flip, cloud.scale, cloud.jitter, cloud.background)
+            split = split.with_transform(varying.pick, seed)
         self.split, self.team, self.batches = split, team, _batches(config, split, team)
         self._jitter, self._seed, self._noise = cloud.jitter, seed, torch.Generator(team.device)
         workers = image.workers if split.inputs == "image" else cloud.workers
@@ -327,7 +328,8 @@ def _train_epoch(state: _State, feed: _Feed, config: TrainConfig, epoch: int, ba
         state.scaler.step(state.optimizer)
         state.scaler.update()
         seen = {"loss": loss, **parts}
-        if (logits := output.logits[0] if own and output.logits else None if own else output.logits) is not None:
+        first = output.logits[:1] if own else [output.logits]  # of several classifiers, if there are any
+        for logits in first:
             seen["accuracy"] = (logits.argmax(1) == labels).float().mean()
         for name, value in seen.items():
             totals[name] = totals.get(name, 0.0) + value.detach()
@@ -477,8 +479,8 @@ def _splits(config: TrainConfig) -> tuple[Split, Split | None]:
     return split, held_out
 
 
-def _check_model(config: TrainConfig, model: Any, split: Split, team: _Team) -> None:
-    """Of a new model: set the size of its images, and load its backbone."""
+def _prepare(config: TrainConfig, model: Any, split: Split, team: _Team) -> None:
+    """Of a new model: see that it fits data and config, and set the size of its images and its backbone."""
     name = config.model.name
     if model.inputs != split.inputs:
         hint = "reid3d convert makes clouds of images" if model.inputs == "cloud" else "give the folder of the images"
@@ -496,8 +498,6 @@ def _check_model(config: TrainConfig, model: Any, split: Split, team: _Team) -> 
         raise ValueError(f"{name} trains in one process, got {team.world}: its losses are of the whole batch")
     model.size = (config.image.height or model.size[0], config.image.width or model.size[1])
     if config.model.backbone:
-        from .baselines.weights import load_backbone
-
         print(load_backbone(model, config.model.backbone), file=sys.stderr)
 
 

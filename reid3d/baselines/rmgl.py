@@ -223,7 +223,9 @@ class RMGL(ImageModel):
         """
         triplets = [triplet_loss(feats, labels, margin=MARGIN) for feats in output.feats]
         self.check_classes(labels, output.logits[0].shape[1] if output.logits else 0)
-        entropies = [F.cross_entropy(logits, labels) for logits in output.logits]
+        # Wide, for under autocast logits are of half precision.
+        wide = [logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in output.logits]
+        entropies = [F.cross_entropy(logits, labels) for logits in wide]
         return {"cross_entropy": torch.stack(entropies).sum(), "triplet": torch.stack(triplets).sum()}
 
     def of_backbone(self, key: str) -> tuple[str, ...]:
