@@ -477,7 +477,7 @@ def _eval(options: argparse.Namespace) -> None:
     print(result)
     print(f"features: {folder}")
     save()
-    for name, found in _after(dataset, query, gallery, options):
+    for name, found in _after(dataset, model, query, gallery, options):
         figures.setdefault("after", {})[name] = _figures(found)
         save()
     if options.calibrate is not None:
@@ -538,8 +538,8 @@ def _scored(weights: Path, data: Path, options: argparse.Namespace, folder: Path
     if message := validate_protocol(dataset.query, dataset.gallery):
         print(f"reid3d: {message}", file=sys.stderr)
     model = create_model(weights=weights)
-    if hasattr(model, "scores") and (options.rerank or options.tlift or options.calibrate is not None):
-        raise _UsageError(f"--rerank, --tlift and --calibrate compare features, and {model.name} has its own matcher")
+    if hasattr(model, "scores") and options.calibrate is not None:
+        raise _UsageError(f"--calibrate compares features, and {model.name} has its own matcher")
     points = (options.points or _points(model)) if dataset.query.inputs == "cloud" else None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -555,7 +555,9 @@ def _scored(weights: Path, data: Path, options: argparse.Namespace, folder: Path
     return dataset, model, points, features["query"], features["gallery"], result
 
 
-def _after(dataset: Any, query: Any, gallery: Any, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+def _after(
+    dataset: Any, model: Any, query: Any, gallery: Any, options: argparse.Namespace
+) -> Iterator[tuple[str, Any]]:
     """What re-ranking and times make of it, printed: each alone and both, as far as they are asked for."""
     from .retrieval import clock_seconds, evaluate, rerank, tlift
 
@@ -564,9 +566,16 @@ def _after(dataset: Any, query: Any, gallery: Any, options: argparse.Namespace) 
     seconds = (
         clock_seconds(options.tlift, *_timed(options.tlift, query, gallery, dataset))[:2] if options.tlift else None
     )
-    ways = {"times": tlift(query, gallery, seconds=seconds)} if seconds else {}
+    matcher = hasattr(model, "distances") and (options.rerank or bool(seconds))
+    distances = model.distances(query, gallery) if matcher else None
+    ways = {}
+    if seconds:
+        ways["times"] = tlift(query, gallery, None if distances is None else 1 - distances, seconds=seconds)
     if options.rerank:
-        ways["re-ranking"] = rerank(query, gallery)
+        all_pairs = None
+        if distances is not None:
+            all_pairs = model.distances(query, query), distances, model.distances(gallery, gallery)
+        ways["re-ranking"] = rerank(query, gallery, distances=all_pairs)
         if seconds:
             ways["re-ranking and times"] = tlift(query, gallery, ways["re-ranking"], seconds=seconds)
     for name, scores in ways.items():

@@ -26,7 +26,7 @@ from reid3d.config import (
 )
 from reid3d.data import open_crops, open_dataset
 from reid3d.models import create_model
-from reid3d.retrieval import evaluate, extract, pair_scores
+from reid3d.retrieval import evaluate, extract, pair_scores, rerank, tlift
 from reid3d.train import learning_rate, train
 from tests.test_train import assert_same_weights, one_thread, weights, write_people  # noqa: F401 (a fixture)
 
@@ -61,6 +61,9 @@ class Matcher(Tiny):
 
     def scores(self, q, g):
         return -q.feats @ g.feats.T
+
+    def distances(self, q, g):
+        return (1 - self.scores(q, g)) / 2
 
 
 @pytest.fixture(autouse=True)
@@ -213,11 +216,34 @@ def test_averaged_weights_have_statistics_of_all_norms_that_learn_them(crops, tm
 def test_a_matcher_is_not_left_out_without_a_word(crops, tmp_path, capsys):
     run = train(config(crops, tmp_path / "run", "matcher"))
     assert main(["eval", str(run), str(crops)]) == 0
-    for flag in (["--rerank"], ["--tlift", "frames"], ["--calibrate"]):
-        assert main(["eval", str(run), str(crops), *flag]) == 2
-        assert "compare features, and matcher has its own matcher" in capsys.readouterr().err
+    assert main(["eval", str(run), str(crops), "--calibrate"]) == 2
+    assert "--calibrate compares features, and matcher has its own matcher" in capsys.readouterr().err
     assert main(["search", "--query", str(crops), "--gallery", str(crops), "--weights", str(run)]) == 1
     assert "search compares features, and matcher has its own" in capsys.readouterr().err
+
+
+def test_reranking_and_times_take_the_distances_of_a_matcher(crops, tmp_path, monkeypatch):
+    """Scores that the features alone would not give, to the last digit."""
+    run = train(config(crops, tmp_path / "run", "matcher"))
+    taken = {}
+
+    def keep(q, g, own=None, **more):
+        taken["times" if own is not None and "seconds" in more else "other"] = own
+        return tlift(q, g, own, **more)
+
+    def keep_all(q, g, **more):
+        taken["all"] = more["distances"]
+        return rerank(q, g, **more)
+
+    monkeypatch.setattr("reid3d.retrieval.tlift", keep)
+    monkeypatch.setattr("reid3d.retrieval.rerank", keep_all)
+    assert main(["eval", str(run), str(crops), "--rerank"]) == 0
+    model, ds = create_model(weights=run / "model.safetensors"), open_crops(crops)
+    q, g = (extract(model, split, progress=False) for split in (ds.query, ds.gallery))
+    pairs = (q, q), (q, g), (g, g)
+    assert all(np.allclose(got, Matcher().distances(*pair)) for got, pair in zip(taken["all"], pairs, strict=True))
+    assert main(["eval", str(run), str(crops), "--tlift", "frames"]) == 0
+    assert np.allclose(taken["times"], 1 - taken["all"][1]) and "other" not in taken
 
 
 def test_search_among_photos_by_a_method_of_images(crops, tmp_path, capsys):

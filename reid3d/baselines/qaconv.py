@@ -31,6 +31,7 @@ STRIDE = 16  # of a map
 MARGIN = 16.0  # of the triplets of version 2.1, between scores
 MEMORY = "class_memory"
 BLOCK = 128  # maps on either side that are matched at once: 24 MiB of maxima for 384 x 128 pixels
+FINE = 32  # the same on the diagonal of a set with itself, of whose blocks half is matched in vain
 
 
 class Correspondences(NamedTuple):
@@ -184,8 +185,8 @@ class QAConv(ImageModel):
         its probability is short of 1, the sum over ids, the mean over images. Then the memory takes the maps of the
         batch, of several images of one id the last.
 
-        triplet, in version 2.1: batch-hard on scores, relu(highest negative - lowest positive + 16), the mean over the
-        images that have both; exactly 0 where none has.
+        triplet, in version 2.1: batch-hard on scores, relu(highest negative - lowest positive + 16), 0 for images that
+        lack either, the mean over images.
 
         Args:
             output: of training mode. labels: (B,) int64 in [0, num_classes).
@@ -221,7 +222,7 @@ class QAConv(ImageModel):
         lowest = scores.masked_fill(~positive, math.inf).amin(1)
         highest = scores.masked_fill(same, -math.inf).amax(1)
         counted = positive.any(1) & ~same.all(1)
-        return torch.where(counted, F.relu(highest - lowest + MARGIN), 0.0).sum() / counted.sum().clamp(min=1)
+        return torch.where(counted, F.relu(highest - lowest + MARGIN), 0.0).sum() / len(same)
 
     def of_backbone(self, key: str) -> tuple[str, ...]:
         return (f"base.{key}",)
@@ -230,13 +231,11 @@ class QAConv(ImageModel):
         """The similarities of all queries with the gallery, (Q, G) float32, in eval mode.
 
         Version 1.0 gives sigmoid(logit / 10), in [0, 1], which depends on the order of a pair; version 2.1 the logit,
-        which does not, but for rounding. Re-ranking wants distances that are not negative: 1 - score of version 1.0,
-        and of version 2.1 sigmoid(-score / 10), not -score, as in its code, nor 1 - sigmoid(score), which is exactly 0
-        in float32 from 17 on.
+        which does not, but for rounding.
 
         Maps are matched `BLOCK` by `BLOCK`, those of the gallery in float16, which moves scores in [0, 1] by less than
         1e-3; beside the result memory does not grow with their numbers. Where q is g each pair is matched in one order,
-        which gives the scores of both.
+        which gives the scores of both: half the work.
 
         Args:
             q, g: of this model; their maps may be scaled, as `extract` does.
@@ -245,7 +244,8 @@ class QAConv(ImageModel):
                 the order of the cosine, and their values mean nothing else. None: all.
 
         Raises:
-            TypeError: shortlist no int. ValueError: features of another length, or of two models; shortlist below 1.
+            TypeError: shortlist no int. ValueError: features of another length, or of two models, or a memory map with
+                NaN or infinity; shortlist below 1.
         """
         length = math.prod(self.map_shape)
         for name, features in (("q", q), ("g", g)):
@@ -262,6 +262,15 @@ class QAConv(ImageModel):
             else:
                 self._match_nearest(q, g, out, shortlist)
         return out
+
+    def distances(self, q: Features, g: Features) -> np.ndarray:
+        """sigmoid(-logit / 10), (Q, G) float32 in [0, 1], as `rerank` takes those of q and q, q and g, and g and g.
+
+        Version 2.1 ranks by -logit in its code, which may be negative; the order is the same. Arguments and errors as
+        of `scores`.
+        """
+        scores = self.scores(q, g)
+        return 1 - scores if self.version == "1.0" else torch.sigmoid(torch.from_numpy(scores) / -10).numpy()
 
     def correspondences(self, query_map: Tensor, gallery_map: Tensor) -> Correspondences:
         """What each position of one map finds in another, for drawing.
@@ -295,7 +304,7 @@ class QAConv(ImageModel):
 
     def _maps(self, features: Features, rows: slice | np.ndarray) -> Tensor:
         """(n, C, positions), each position of length 1."""
-        feats = torch.from_numpy(np.array(features.feats[rows])).to(self.neck_conv.weight.device)
+        feats = torch.from_numpy(np.array(features.checked(rows))).to(self.neck_conv.weight.device)
         return F.normalize(feats.unflatten(1, self.map_shape).flatten(2), dim=1)
 
     def _score(self, best: Tensor) -> np.ndarray:
@@ -303,18 +312,12 @@ class QAConv(ImageModel):
         return (logits if self.version == "2.1" else torch.sigmoid(logits / 10)).float().cpu().numpy()
 
     def _match_all(self, q: Features, g: Features, out: np.ndarray) -> None:
-        for first in range(0, len(g), BLOCK):
-            columns = slice(first, first + BLOCK)
-            gallery = self._maps(g, columns).half()
-            for start in range(0, min(len(q), first + BLOCK) if q is g else len(q), BLOCK):
-                rows = slice(start, start + BLOCK)
-                best = match_maps(self._maps(q, rows), gallery)
-                out[rows, columns] = self._score(best)
-                if q is g:  # what a finds in b is what b lets a find
-                    turned = self._score(best.flip(2)).T
-                    if start == first:
-                        turned = np.where(np.tri(len(turned), k=-1, dtype=bool), turned, out[rows, columns])
-                    out[columns, rows] = turned
+        for rows, columns in _triangle(len(q)) if q is g else _rectangle(len(q), len(g)):
+            best = match_maps(self._maps(q, rows), self._maps(g, columns).half())
+            out[rows, columns] = self._score(best)
+            if q is g:  # what a finds in b is what b lets a find
+                later = np.arange(*columns.indices(len(g)))[:, None] > np.arange(*rows.indices(len(g)))
+                out[columns, rows] = np.where(later, self._score(best.flip(2)).T, out[columns, rows])
 
     def _match_nearest(self, q: Features, g: Features, out: np.ndarray, shortlist: int) -> None:
         means = np.concatenate([self._means(g, slice(first, first + BLOCK)) for first in range(0, len(g), BLOCK)])
@@ -334,6 +337,22 @@ class QAConv(ImageModel):
     def _means(self, features: Features, rows: slice) -> np.ndarray:
         """(n, C) unit means over positions."""
         return F.normalize(self._maps(features, rows).mean(2), dim=1).cpu().numpy()
+
+
+def _rectangle(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    for first in range(0, columns, BLOCK):
+        for start in range(0, rows, BLOCK):
+            yield slice(start, start + BLOCK), slice(first, first + BLOCK)
+
+
+def _triangle(count: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of all pairs in one order at least."""
+    for first in range(0, count, BLOCK):
+        for start in range(0, first, BLOCK):
+            yield slice(start, start + BLOCK), slice(first, first + BLOCK)
+        for start in range(first, min(count, first + BLOCK), FINE):
+            end = min(start + FINE, first + BLOCK)
+            yield slice(first, end), slice(start, end)
 
 
 def _sides(images: Tensor) -> str:

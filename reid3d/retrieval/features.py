@@ -142,7 +142,7 @@ class Features:
                 rows = csv.writer(text, lineterminator="\n")
                 rows.writerow(["name", "pid", "camid", "time"])
                 for block in _blocks(self.feats):
-                    file.write(self._finite(block).astype("<f4", order="C", copy=False).data)
+                    file.write(self.checked(block).astype("<f4", order="C", copy=False).data)
                     times = [""] * len(self.pids[block]) if self.times is None else self.times[block].tolist()
                     pids, camids = self.pids[block].tolist(), self.camids[block].tolist()
                     rows.writerows(zip(self.names[block], pids, camids, times, strict=True))
@@ -161,7 +161,7 @@ class Features:
         schema = pa.schema([*fields, pa.field("vector", pa.list_(pa.float32()))], metadata=words)
         with atomic_write(path) as file, pq.ParquetWriter(file, schema) as writer:
             for block in _blocks(self.feats):
-                part = self._finite(block)
+                part = self.checked(block)
                 count = len(part)
                 ends = np.arange(0, part.size + 1, max(1, part.shape[1]), dtype=np.int32)[: count + 1]
                 columns = [
@@ -175,10 +175,11 @@ class Features:
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
         return [path]
 
-    def _finite(self, rows: slice) -> np.ndarray:
+    def checked(self, rows: slice | np.ndarray) -> np.ndarray:
+        """feats[rows]; a memory map is not looked at before. Raises: ValueError for NaN or infinity."""
         part = self.feats[rows]
         if bad := _not_finite(part):
-            raise ValueError(f"feats must be finite, got NaN or infinity for {self.names[rows.start + bad[0]]}")
+            raise ValueError(f"feats must be finite, got NaN or infinity for {self.names[rows][bad[0]]}")
         return part
 
 

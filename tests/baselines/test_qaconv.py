@@ -13,6 +13,7 @@ from reid3d.baselines import qaconv
 from reid3d.baselines.image_model import Heads
 from reid3d.baselines.qaconv import Matcher, QAConv, from_official, qaconv50, qaconv50_ibn_b, qaconv152
 from reid3d.baselines.resnet import BLOCKS, ResNet
+from reid3d.retrieval import rerank
 from reid3d.retrieval.features import Features
 
 H, W = 48, 32  # of images: maps of 3 x 2
@@ -315,16 +316,16 @@ def test_triplets_agree_with_loops(labels):
         others = [scores[i, j].item() for j, of in enumerate(labels) if of != label]
         if own and others:
             terms.append(max(0.0, 16 - (min(own) - max(others))))
-    assert len(terms) in (2, 5, 6)
+    assert len(terms) in (2, 5, 6)  # of 6 images, over which the published code takes the mean
     loss = model.loss(output, torch.tensor(labels))
     assert list(loss) == ["triplet"]
-    close(loss["triplet"].item(), sum(terms) / len(terms))
+    close(loss["triplet"].item(), sum(terms) / 6)
 
 
 def test_triplets_beyond_the_margin_are_0():
     scores = torch.tensor([[0.0, 30.0, 10.0], [30.0, 0.0, 20.0], [10.0, 20.0, 0.0]])
     same = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
-    assert QAConv._triplet(scores, same) == (0 + (20 - 30 + 16)) / 2
+    assert QAConv._triplet(scores, same) == (0 + (20 - 30 + 16) + 0) / 3
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3], [2, 2, 2, 2]])
@@ -446,11 +447,20 @@ def test_half_precision_moves_published_sizes_little(version):
 
 
 @pytest.mark.parametrize(
-    ("count", "block", "pairs"), [(7, 3, 9 + 18 + 7), (6, 2, 4 + 8 + 12), (4, 128, 16), (5, 1, 15)]
+    ("count", "block", "fine", "pairs"),
+    [
+        (7, 3, 3, 9 + 18 + 7),
+        (6, 2, 2, 4 + 8 + 12),
+        (4, 128, 128, 16),
+        (5, 1, 1, 15),
+        (7, 4, 2, 4 + 8 + (12 + 4 + 3)),
+        (7, 5, 2, 4 + 8 + 5 + (10 + 4)),
+    ],
 )
 @pytest.mark.parametrize("version", VERSIONS)
-def test_scores_of_a_set_with_itself_match_one_triangle(version, count, block, pairs, monkeypatch):
+def test_scores_of_a_set_with_itself_match_one_triangle(version, count, block, fine, pairs, monkeypatch):
     monkeypatch.setattr(qaconv, "BLOCK", block)
+    monkeypatch.setattr(qaconv, "FINE", fine)
     matched = []
 
     def counting(query, gallery):
@@ -461,7 +471,7 @@ def test_scores_of_a_set_with_itself_match_one_triangle(version, count, block, p
     monkeypatch.setattr(qaconv, "match_maps", counting)
     model, both = small(version=version).float(), features(unit_maps(count, 1))
     got = model.scores(both, both)
-    assert sum(matched) == pairs <= count * (count + block) / 2 or block > count
+    assert sum(matched) == pairs <= count * (count + fine) / 2 or fine > count
     matched.clear()
     plain = model.scores(both, both.subset(range(count)))
     assert sum(matched) == count**2
@@ -502,6 +512,32 @@ def test_bad_scores():
         model.scores(good, good, shortlist=0)
     with pytest.raises(TypeError, match="shortlist must be an int, got float"):
         model.scores(good, good, shortlist=1.5)
+
+
+def test_a_memory_map_with_nan(tmp_path):
+    model, good = small().float(), features(unit_maps(2))
+    path = tmp_path / "f"
+    features(unit_maps(3, 2)).save(path)
+    held = Features.load(path).feats[1, 5].tobytes()
+    path.write_bytes(path.read_bytes().replace(held, np.float32(np.nan).tobytes(), 1))
+    bad = Features.load(path, mmap=True)
+    for arguments in ((bad, good), (good, bad), (bad, bad)):
+        with pytest.raises(ValueError, match="feats must be finite, got NaN or infinity for 1.jpg"):
+            model.scores(*arguments)
+    with pytest.raises(ValueError, match="feats must be finite, got NaN or infinity for 1.jpg"):
+        model.scores(good, bad, shortlist=1)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_distances_are_what_reranking_takes(version):
+    model, q, g = small(version=version).float(), features(unit_maps(5, 1)), features(unit_maps(7, 2))
+    pairs = (q, q), (q, g), (g, g)
+    found = tuple(model.distances(*pair) for pair in pairs)
+    for distance, scores in zip(found, (model.scores(*pair) for pair in pairs), strict=True):
+        by_hand = 1 - scores if version == "1.0" else 1 / (1 + np.exp(scores / 10))
+        assert distance.dtype == np.float32 and np.abs(distance - by_hand).max() < 1e-6
+        assert (np.argsort(distance, 1) == np.argsort(-scores, 1)).all()
+    assert rerank(q, g, k1=3, k2=2, distances=found).shape == (5, 7)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
