@@ -1,7 +1,7 @@
-"""Trains the 2D methods by their recipes for a CPU on a synthetic world, and searches people not seen.
+"""Trains the 2D methods, and OG-Net-Small, by their recipes for a CPU on a synthetic world, and searches people not seen.
 
     python benchmarks/baselines.py benchmarks/results/baselines-cpu.json [--folder build/baselines] [--seeds 1]
-                                   [--workers 2] [--recipes synth_plr_osnet synth_relation_s synth_rmgl synth_qaconv50]
+                                   [--workers 2] [--recipes synth_rmgl synth_relation_s ...]
 
 What `reid3d study compare` does, several recipes at a time, one thread each. The same command goes on where it stopped.
 """
@@ -21,7 +21,7 @@ from reid3d.io import atomic_write
 from reid3d.preprocess.synth import synth
 from reid3d.study import compare
 
-RECIPES = ["synth_qaconv50", "synth_plr_osnet", "synth_relation_s", "synth_rmgl"]
+RECIPES = ["synth_rmgl", "synth_relation_s", "synth_qaconv50", "synth_plr_osnet", "synth"]  # the longest first
 
 
 def compared(recipe: str, world: Path, folder: Path, seeds: int) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from torch import nn
 from reid3d import models, ops, study, synth
 from reid3d.cli import main
 from reid3d.config import read_config
+from reid3d.data import open_dataset
 from reid3d.models import create_model
+from reid3d.retrieval import evaluate, extract, pair_scores
 from reid3d.study import compare, macs, markdown
 from tests.test_train import one_thread  # noqa: F401 (a fixture)
 from tests.test_train_images import Tiny
@@ -72,6 +74,23 @@ def test_one_table_of_2d_and_3d_that_goes_on_where_it_stopped(world, both, tmp_p
     lines = markdown(table).splitlines()
     assert lines[0].startswith("| model | input | Rank-1, % | mAP, % |") and lines[2].startswith("| points | cloud | ")
     assert "2 seeds" in lines[-2] and "±" in lines[3]
+
+
+@pytest.mark.parametrize("recipe", ["synth_plr_osnet", "synth_relation_s", "synth_rmgl", "synth_qaconv50"])
+def test_the_packaged_recipes_of_2d_methods_from_yaml_to_scores(recipe, world, tmp_path):
+    words = ["--data", str(world), "--out", str(tmp_path / "run"), "--train.epochs", "1", "--train.device", "cpu"]
+    words += ["--sampling.p", "4", "--sampling.k", "2", "--train.batch", "8"]
+    config = read_config(recipe, words)
+    run = study.train(config)
+    model, crops = create_model(weights=run / "model.safetensors"), open_dataset(world)
+    assert model.name == config.model.name
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    query, gallery = (extract(model, split, progress=False) for split in (crops.query, crops.gallery))
+    assert len(query) == 8 and len(gallery) == len(crops.gallery)
+    scores = pair_scores(model, query, gallery)
+    assert (scores is not None) == (config.model.name == "qaconv50")
+    result = evaluate(query, gallery, scores=scores)
+    assert result.num_valid == 8 and 0 < result.mAP <= 1
 
 
 def test_a_run_of_another_config_is_not_taken_for_this_one(world, both, tmp_path):
