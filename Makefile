@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/reid3d-ready
 SOURCES := setup.py pyproject.toml constraints-cpu.txt CMakeLists.txt $(wildcard csrc/*.h csrc/*/*)
 PIP := $(BIN)/python -m pip install -q -c constraints-cpu.txt
+EXTRAS ?= test
 
 # OpenMP threads that wait by spinning are several times slower as soon as anything else runs on the machine.
 demo test bench: export OMP_WAIT_POLICY = passive
@@ -33,7 +34,7 @@ clean:
 $(READY): $(SOURCES) | $(VENV)/pyvenv.cfg
 	@echo "installing torch and the build tools; this can take minutes"
 	$(PIP) torch numpy setuptools cmake ninja
-	$(PIP) --no-build-isolation -e ".[test]"
+	$(PIP) --no-build-isolation -e ".[$(EXTRAS)]"
 	touch $@
 
 $(VENV)/pyvenv.cfg:

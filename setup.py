@@ -96,6 +96,11 @@ setup(
         "cuhk03": ["h5py", "scipy"],
         "search": ["faiss-cpu"],
         "track": ["tensorboard"],
+        # The same Open3D without CUDA, at a third of the size, where there is one.
+        "view": [
+            "open3d-cpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "open3d; sys_platform != 'linux' or platform_machine != 'x86_64'",
+        ],
         # smplx, for non-commercial use, is an oracle of the tests and nothing else.
         "test": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),

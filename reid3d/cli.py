@@ -213,6 +213,13 @@ def _parser() -> _Parser:
     view.add_argument("--out", metavar="PAGE", type=Path, default=Path("ranks.html"), help="default: %(default)s")
     view.add_argument("--data", metavar="DIR", type=Path, help="default: the folder the features were made from")
     _number(view, "--queries", 12, "queries to show")
+    window = view.add_argument_group("Open3D, in place of a page")
+    window.add_argument("--open3d", action="store_true", help="a window with a query and its matches, and keys")
+    window.add_argument("--png", metavar="FILE", type=Path, help="the same as a picture, without a display")
+    window.add_argument(
+        "--query", metavar="NAME", help="name of the first query's image, or its row from 0 (default: 0)"
+    )
+    _number(window, "-k", 5, "matches beside the query")
 
     study = command("study", "train and rank many models under the same conditions; a second call goes on")
     study.add_argument("study", metavar="NAME", choices=("compare",), help="compare: a table of --models")
@@ -807,7 +814,30 @@ def _view(options: argparse.Namespace) -> None:
         )
     dataset = open_clouds(options.data) if options.data else None
     ranks = search(query, gallery, cross_camera=True)
-    print(view(ranks, options.out, dataset=dataset, queries=options.queries))
+    if options.open3d or options.png:
+        _view_open3d(options, ranks, dataset)
+    else:
+        print(view(ranks, options.out, dataset=dataset, queries=options.queries))
+
+
+def _view_open3d(options: argparse.Namespace, ranks: Any, dataset: Any) -> None:
+    from .viewer.o3d import Scene, render, show
+
+    scene = Scene(ranks, dataset, _query_row(options.query, ranks.query.names), options.k)
+    if options.png:
+        print(render(scene, options.png))
+    if options.open3d:
+        show(scene)
+
+
+def _query_row(name: str | None, names: Sequence[str]) -> int:
+    if name is None:
+        return 0
+    if name in names:
+        return names.index(name)
+    if name.isdecimal() and int(name) < len(names):
+        return int(name)
+    raise ValueError(f"--query must be the name of a query's image or a row below {len(names)}, got {name!r}")
 
 
 def _study(options: argparse.Namespace) -> None:

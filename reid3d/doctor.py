@@ -48,7 +48,15 @@ def report() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "ops": checks,
+        "open3d": _open3d(),
     }
+
+
+def _open3d() -> str:
+    """ "ok", or why `reid3d view --open3d` does not work here, and what to install."""
+    from .viewer.o3d import why_not
+
+    return why_not() or "ok"
 
 
 def check_ops(device: str) -> dict[str, str]:

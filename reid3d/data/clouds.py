@@ -39,6 +39,13 @@ class CloudSplit(Split):
         except ValueError as error:
             raise ValueError(f"{self.records[i].name}: {error}") from error
 
+    def body(self, i: int) -> tuple[str, dict[str, np.ndarray]]:
+        """What cloud i was made of: the name of the body model, and "pose" (24, 3) and "betas" (K,) as float32, which
+        put the body where the cloud is; {} where the shard does not hold them.
+        """
+        shard, row = self._places[i]
+        return str(shard.config.get("body", "")), shard.body(row)
+
     def _transformed(self, i: int, rng: np.random.Generator) -> tuple[Tensor, ...] | Tensor:
         return (self.transform or EvalTransform())(self.cloud(i), rng)
 

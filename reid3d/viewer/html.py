@@ -73,11 +73,17 @@ class _Source:
         self._rows = {record.name: row for row, record in enumerate(self.split.records)}
 
     def __getitem__(self, i: int) -> tuple[PointCloud, Record]:
+        row = self._row(i)
+        return self.split.cloud(row), self.split.records[row]
+
+    def body(self, i: int) -> tuple[str, dict[str, np.ndarray]]:
+        return self.split.body(self._row(i))
+
+    def _row(self, i: int) -> int:
         name = self.features.names[i]
         if name not in self._rows:
             raise ValueError(f"dataset must hold the cloud of {name}, which {self.split.root} does not")
-        row = self._rows[name]
-        return self.split.cloud(row), self.split.records[row]
+        return self._rows[name]
 
 
 class _Page:

@@ -1,0 +1,232 @@
+"""The scene of Open3D: where everything stands, by hand; and its picture, where Open3D can draw."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reid3d.cloud import PointCloud
+from reid3d.data import open_clouds
+from reid3d.io import Record, write_shard
+from reid3d.preprocess.batch import convert_folder
+from reid3d.preprocess.synth import synth
+from reid3d.retrieval import Features, search
+from reid3d.viewer import o3d
+from reid3d.viewer.o3d import PACKAGES, SPACING, VERDICTS, Scene, render, show, why_not
+from tests.conftest import needs
+
+COLOURS = {1: (250, 20, 20), 2: (20, 240, 20), 3: (20, 20, 250)}  # of each person
+
+
+def block(pid):
+    """A body of 0.4 x 1.6 x 0.2 m, its middle at (1, 0, 5), and a wall of one point."""
+    x, y, z = np.meshgrid(np.linspace(0.8, 1.2, 12), np.linspace(-0.8, 0.8, 48), np.linspace(4.9, 5.1, 3))
+    xyz = np.stack((x, y, z), 3).reshape(-1, 3)
+    xyz = np.concatenate((xyz, [[1.5, -0.8, 5.0]])).astype(np.float32)
+    rgb = np.tile(np.array(COLOURS[pid], np.uint8), (len(xyz), 1))
+    return PointCloud(xyz, rgb, np.append(np.arange(len(xyz) - 1), -1).astype(np.int32))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Two queries of person 1 and 2; the gallery has each of three people once, the query's own first."""
+    folder = tmp_path_factory.mktemp("clouds")
+    rows = [("query", 1, 1), ("query", 2, 1), ("gallery", 1, 2), ("gallery", 2, 2), ("gallery", 3, 2)]
+    for split in ("query", "gallery"):
+        mine = [(i, pid, camid) for i, (of, pid, camid) in enumerate(rows) if of == split]
+        clouds = [block(pid) for _, pid, _ in mine]
+        records = [
+            Record(f'<b>{i}"é 行人.jpg', split, pid, camid, 0, (128, 64), (0.9, -1.0, 0.0), points=len(cloud))
+            for (i, pid, camid), cloud in zip(mine, clouds, strict=True)
+        ]
+        write_shard(folder / f"{split}-00000.safetensors", clouds, records, config={}, dtype="float32")
+    clouds = open_clouds(folder)
+    directions = np.eye(4, dtype=np.float32) + 0.3
+
+    def features(split):
+        names = [record.name for record in split.records]
+        return Features(directions[split.pids], split.pids, split.camids, names, None, str(folder), split.name)
+
+    return search(features(clouds.query), features(clouds.gallery), k=3)
+
+
+def test_all_stand_in_a_row_on_the_ground(ranks):
+    scene = Scene(ranks, query=1, background=False)
+    assert [one.verdict for one in scene.standing] == ["query", "right", "wrong", "wrong"]
+    assert scene.standing[0].title == "query, id 2, camera 1"
+    assert scene.standing[1].title.startswith("1: ") and "id 2" in scene.standing[1].title
+    xyz, rgb = scene.points
+    per = len(block(1)) - 1
+    assert xyz.shape == (4 * per, 3) and rgb.dtype == np.uint8
+    for i, one in enumerate(np.split(xyz, 4)):
+        assert np.allclose(one.min(0), [i * SPACING - 0.2, 0.0, -0.1], atol=1e-6)
+        assert np.allclose(one.max(0), [i * SPACING + 0.2, 1.6, 0.1], atol=1e-6)
+    colours = [tuple(int(x) for x in part[0]) for part in np.split(rgb, 4)]
+    assert colours[:2] == [COLOURS[2]] * 2 and set(colours[2:]) == {COLOURS[1], COLOURS[3]}
+    for i, (plate, one) in enumerate(zip(scene.plates, scene.standing, strict=True)):
+        assert plate.rgb == VERDICTS[one.verdict] and plate.verts[:, 0].mean() == pytest.approx(i * SPACING)
+        assert (plate.verts[:, 1] < 0).all()
+
+
+def test_background_and_turns(ranks):
+    plain, turned = Scene(ranks), Scene(ranks, degrees=90.0)
+    count = len(block(1))
+    wall = [scene.points[0][count - 1] for scene in (plain, turned)]
+    assert len(plain.points[0]) == 4 * count
+    assert np.allclose(wall[0], [0.5, 1.6, 0.0], atol=1e-6)  # of (1.5, -0.8, 5): y up, z towards the eye
+    assert np.allclose(wall[1], [0.0, 1.6, -0.5], atol=1e-6)  # a quarter of a turn: x goes away
+    other = [scene.points[0][2 * count - 1] - [SPACING, 0, 0] for scene in (plain, turned)]
+    assert np.allclose(wall, other, atol=1e-6)  # each about its own axis
+
+
+def test_fewer_matches_than_asked_for(ranks):
+    assert len(Scene(ranks, k=2).standing) == 3 and len(Scene(ranks, k=50).standing) == 4
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A query, and itself in the gallery, of a converted world: its clouds came with their bodies."""
+    folder = tmp_path_factory.mktemp("converted")
+    world = synth(folder / "world", preset="easy", ids=2, cams=2, tracklets=1, images=2, workers=1, progress=False)
+    convert_folder(world, folder / "clouds", progress=False)
+    split = open_clouds(folder / "clouds").query
+    names = [record.name for record in split.records]
+    feats = np.eye(len(split), 8, dtype=np.float32)
+    both = Features(feats, split.pids, split.camids, names, None, str(folder / "clouds"), "query")
+    return search(both, both, k=1)
+
+
+def test_bodies_stand_where_their_points_do(converted):
+    """The visible points of a cloud are vertices of its body."""
+    scene = Scene(converted, mesh=True, background=False, degrees=30.0)
+    assert not len(scene.points[0]) and len(scene.bodies) == 2 and Scene(converted).bodies == []
+    bare = Scene(converted, background=False, degrees=30.0)
+    per = len(bare.points[0]) // 2
+    for i, mesh in enumerate(scene.bodies):
+        cloud = scene.standing[i].cloud
+        chosen = cloud.vertex[cloud.vertex >= 0]
+        assert np.abs(mesh.verts[chosen] - bare.points[0][i * per : (i + 1) * per]).max() < 2e-3  # float16
+        assert mesh.faces.max() < len(mesh.verts)
+
+
+def test_clouds_without_bodies(ranks):
+    with pytest.raises(ValueError, match="mesh needs the body of each cloud, and that of .* was not kept"):
+        Scene(ranks, mesh=True).bodies  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"query": 2}, "query must be from 0 to 1, got 2"), ({"k": 0}, "k must be at least 1, got 0")],
+)
+def test_bad_scenes(ranks, fields, message):
+    with pytest.raises(ValueError, match=message):
+        Scene(ranks, **fields)
+
+
+def test_a_picture_shows_query_and_matches(ranks, tmp_path):
+    needs(why_not())
+    path = render(Scene(ranks, query=1), tmp_path / "s cène.png")
+    pixels = np.asarray(Image.open(path)).astype(int)
+    assert pixels.shape == (520, 1400, 3)
+
+    def where(colour):
+        return np.argwhere((np.abs(pixels - np.array(colour)) < 12).all(2))
+
+    assert len(where((255, 255, 255))) > 0.5 * pixels.shape[0] * pixels.shape[1]
+    two = where(COLOURS[2])
+    assert len(two) > 2000 and {1, 3} <= {c for c in COLOURS if len(where(COLOURS[c])) > 1000}
+    assert (two[:, 1] < 700).all()  # the query and its first match are on the left
+    others = np.concatenate((where(COLOURS[1]), where(COLOURS[3])))
+    assert (others[:, 1] > 650).all()
+    for verdict in ("query", "right", "wrong"):
+        assert len(where(VERDICTS[verdict])) > 300
+    assert where(VERDICTS["query"])[:, 0].min() > two[:, 0].mean()  # plates lie below
+
+
+def test_only_png(ranks, tmp_path):
+    with pytest.raises(ValueError, match=r"out must end in .png, got .*x.jpg"):
+        render(Scene(ranks), tmp_path / "x.jpg")
+
+
+def test_a_window_needs_a_display(ranks, monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(RuntimeError, match="a window needs a display, and there is none: --png FILE"):
+        show(Scene(ranks))
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (
+            "raise ModuleNotFoundError(\"No module named 'open3d'\")",
+            "Open3D is not installed: pip install 'reid3d[view]'",
+        ),
+        (
+            "raise ImportError('libusb-1.0.so.0: cannot open')",
+            f"(ImportError: libusb-1.0.so.0: cannot open): {PACKAGES}",
+        ),
+        ("import os; os.abort()", f"Open3D cannot draw here (it ended with -6): {PACKAGES}"),
+    ],
+)
+def test_where_open3d_is_missing_it_says_what_to_install(module, said, ranks, tmp_path, monkeypatch):
+    (tmp_path / "open3d.py").write_text(module)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")]))))
+    assert said in why_not()
+    with pytest.raises(ImportError) as error:
+        render(Scene(ranks), tmp_path / "x.png")
+    assert said in str(error.value) and not (tmp_path / "x.png").exists()
+
+
+class Window:
+    """Stands in for a window: what is asked of it."""
+
+    def __init__(self):
+        self.shapes, self.keys = [], {}
+
+    def create_window(self, *args, **kwargs):
+        return True
+
+    def register_key_callback(self, key, action):
+        self.keys[key] = action
+
+    def clear_geometries(self):
+        self.shapes.clear()
+
+    def add_geometry(self, shape, reset_bounding_box):
+        self.shapes.append(shape)
+
+    def run(self):
+        self.counts = []
+        for key in ("", *"BBMMN", 262, "P", "H"):
+            if key:
+                assert self.keys[key if isinstance(key, int) else ord(key)](self) is False
+            self.counts.append((len(self.shapes), len(self.shapes[0].points)))
+
+    def destroy_window(self):
+        pass
+
+
+def test_keys(ranks, monkeypatch, capsys):
+    needs(why_not())
+    import open3d
+
+    made = []
+    real = open3d.visualization.Visualizer()
+    real.create_window(width=64, height=64, visible=False)
+    monkeypatch.setattr(Window, "get_render_option", lambda self: real.get_render_option(), raising=False)
+    monkeypatch.setattr(Window, "get_view_control", lambda self: real.get_view_control(), raising=False)
+    monkeypatch.setattr(open3d.visualization, "VisualizerWithKeyCallback", lambda: (made.append(Window()), made[0])[1])
+    monkeypatch.setattr(o3d, "why_not", lambda: None)
+    monkeypatch.setenv("DISPLAY", ":0")
+    show(Scene(ranks, k=3))
+    real.destroy_window()
+    points, plates = len(block(1)), 4
+    all_, bare = (1 + plates, 4 * points), (1 + plates, 4 * (points - 1))
+    assert made[0].counts == [all_, bare, *[all_] * 7]
+    printed = capsys.readouterr().out
+    assert printed.count("mesh needs the body of each cloud") == 2
+    assert "1 of 2" in printed and "2 of 2" in printed and printed.count("N, P: next") == 2
