@@ -7,5 +7,5 @@ reid3d synth "$out/people" --preset easy --ids 48 --cams 4 --images 4 --seed 0
 reid3d convert "$out/people" "$out/clouds"
 reid3d train demo --data "$out/clouds" --out "$out/run"
 reid3d eval "$out/run" "$out/clouds" --json "$out/eval.json"
-reid3d view "$out/run/features" --out "$out/ranks.html"
+reid3d view "$out/run" --out "$out/ranks.html"
 echo "open $out/ranks.html in a browser: drag a cloud to turn it"

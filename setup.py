@@ -105,7 +105,7 @@ setup(
         "test": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
             *("torch-geometric", "trimesh", "ray[data]", "smplx", "h5py", "scipy", "pytorch-metric-learning"),
-            *("tensorboard", "faiss-cpu"),
+            *("tensorboard", "faiss-cpu", "playwright"),
         ],
         # What `reid3d bench` compares with. torch-cluster is built from source against the torch that is there, which
         # takes minutes and needs --no-build-isolation.

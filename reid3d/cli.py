@@ -208,9 +208,12 @@ def _parser() -> _Parser:
     to_help = "NAME.npy (with NAME.csv), NAME.parquet, or NAME.faiss, an index of the features"
     export.add_argument("out", metavar="OUT", type=Path, help=to_help)
 
-    view = command("view", "write an HTML page with ranked matches as clouds that the mouse turns")
-    view.add_argument("features", metavar="FEATURES_DIR", type=Path, help="folder that reid3d eval wrote")
-    view.add_argument("--out", metavar="PAGE", type=Path, default=Path("ranks.html"), help="default: %(default)s")
+    view = command("view", "write an HTML page with ranked matches as clouds that the mouse turns, and curves")
+    view.add_argument(
+        "what", metavar="RUN", type=Path, help="folder of a run, or of the features that reid3d eval wrote"
+    )
+    out_help = "a page, or a folder for a page of thousands of queries (default: %(default)s)"
+    view.add_argument("--out", metavar="FILE|DIR", type=Path, default=Path("ranks.html"), help=out_help)
     view.add_argument("--data", metavar="DIR", type=Path, help="default: the folder the features were made from")
     _number(view, "--queries", 12, "queries to show")
     window = view.add_argument_group("Open3D, in place of a page")
@@ -799,25 +802,59 @@ def _export_features(options: argparse.Namespace) -> None:
 
 
 def _view(options: argparse.Namespace) -> None:
-    if not options.features.is_dir():
-        raise FileNotFoundError(f"no such folder of features: {options.features} (reid3d eval writes one)")
-    from .data import open_clouds
+    what: Path = options.what
+    if not what.is_dir():
+        raise FileNotFoundError(f"no such folder of a run or of features: {what}")
+    folder = what / "features" if (what / "features").is_dir() else what
+    run = next((one for one in (what, what.parent) if (one / "config.yaml").is_file()), None)
+    if run == what and not _feature_file(folder, "query").is_file():
+        _view_unfinished(options, what)
+        return
+    from .data import open_dataset
     from .retrieval import Features, search
     from .viewer import view
+    from .viewer.html import ranked
 
-    query, gallery = (Features.load(_feature_file(options.features, split)) for split in ("query", "gallery"))
+    query, gallery = (Features.load(_feature_file(folder, split)) for split in ("query", "gallery"))
     if (query.made_by, query.source) != (gallery.made_by, gallery.source):
-        raise ValueError(f"query and gallery in {options.features} do not belong together: run reid3d eval again")
+        raise ValueError(f"query and gallery in {folder} do not belong together: run reid3d eval again")
     if not (options.data or Path(query.source).is_dir()):
         raise FileNotFoundError(
             f"the clouds were in {query.source}, which is not there: --data DIR says where they are"
         )
-    dataset = open_clouds(options.data) if options.data else None
-    ranks = search(query, gallery, cross_camera=True)
+    dataset = open_dataset(options.data) if options.data else None
+    scores = _own_scores(run, query, gallery)
+    ranks = search(query, gallery, cross_camera=True) if scores is None else ranked(query, gallery, scores)
     if options.open3d or options.png:
         _view_open3d(options, ranks, dataset)
     else:
-        print(view(ranks, options.out, dataset=dataset, queries=options.queries))
+        print(view(ranks, options.out, dataset=dataset, queries=options.queries, scores=scores, run=run))
+
+
+def _view_unfinished(options: argparse.Namespace, run: Path) -> None:
+    from .viewer.html import report
+
+    if options.open3d or options.png:
+        raise FileNotFoundError(f"{run} has no features to show: reid3d eval {run} DATA makes them")
+    if (run / "model.safetensors").is_file():
+        message = f"This run has no features yet: reid3d eval {run} DATA ranks queries by it."
+    else:
+        message = "This run has no weights yet: its training has not come to the end of an epoch."
+    print(report(run, options.out, message))
+
+
+def _own_scores(run: Path | None, query: Any, gallery: Any) -> Any:
+    """Of a run whose model has a matcher, if the features are known to be its; else None: cosines."""
+    from .config import read_config
+    from .models import create_model
+    from .retrieval import pair_scores
+
+    if run is None or not (run / "model.safetensors").is_file():
+        return None
+    config = read_config(str(run / "config.yaml"))
+    if not hasattr(create_model(config.model.name, **config.model.kwargs), "scores"):
+        return None
+    return pair_scores(create_model(weights=run / "model.safetensors"), query, gallery)
 
 
 def _view_open3d(options: argparse.Namespace, ranks: Any, dataset: Any) -> None:

@@ -148,7 +148,7 @@ def test_eval_and_view(run, data, capsys, tmp_path):
     page = tmp_path / "page.html"
     code, out, err = call(capsys, "view", features, "--out", page, "--queries", "3")
     assert (code, out) == (0, f"{page}\n")
-    assert page.read_text().count("<section") == 3
+    assert len(json.loads(re.search(r'id="report">(.*?)</script>', page.read_text())[1])["rows"]) == 3
     moved = data.rename(data.with_name("moved"))
     try:
         code, _, err = call(capsys, "view", features, "--out", tmp_path / "other.html")
@@ -663,8 +663,8 @@ def test_inputs_that_are_not_there_or_not_of_that_kind(run, data, capsys, tmp_pa
         (["bench", "kernels", "--json", empty], f"Is a directory: {empty}"),
         (["eval", run, none, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["train", "--data", none, "--out", tmp_path / "run", "--train.device", "hpu"], "device 'hpu' cannot be used"),
-        (["view", none], "no such folder of features"),
-        (["view", file], "no such folder of features"),
+        (["view", none], "no such folder of a run or of features"),
+        (["view", file], "no such folder of a run or of features"),
         (["view", empty], "no such feature file"),
         (["convert", none, tmp_path / "out"], str(none)),
         (["convert", "--verify", none], str(none)),

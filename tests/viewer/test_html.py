@@ -1,52 +1,59 @@
 """The results page, read back with a parser: what it shows, that it needs nothing else, that nothing breaks out."""
 
 import base64
+import io
 import json
 import os
+import re
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from reid3d.cloud import PointCloud
 from reid3d.data import open_dataset
 from reid3d.io import Record, write_shard
+from reid3d.preprocess.body import load_body
 from reid3d.retrieval import Features, evaluate, search
 from reid3d.viewer import view
-from reid3d.viewer.html import MATCHES
+from reid3d.viewer.html import MATCHES, MISSED, PARTS, _parts, ranked, report
 from tests.capsules import capsule_person, write_capsules
 
 VOID = {"meta", "input", "br", "link", "img"}
+EMPTY_SVG = {"line", "polyline"}
 
 
 class Page(HTMLParser):
-    """Rows of cards; fails on elements that are not closed in order."""
+    """What is in the page, and in the JSON of its script; fails on elements that are not closed in order."""
 
     def __init__(self, path) -> None:
         super().__init__()
-        self.text, self.open, self.rows, self.scripts, self.tabs = path.read_text(encoding="utf-8"), [], [], [], []
+        self.text, self.open, self.scripts, self.kinds = path.read_text(encoding="utf-8"), [], [], []
         self.words: list[str] = []
         self.feed(self.text)
         self.close()
         assert self.open == []
-        self.clouds = json.loads(self.scripts[0])
+        report = json.loads(self.scripts[0])
+        self.rows, self.tabs = report["rows"], report["groups"]
+        chunks = [json.loads(text) for text, kind in zip(self.scripts, self.kinds, strict=True) if kind == "items"]
+        assert all(len(chunk) == report["chunk"] for chunk in chunks[:-1])
+        self.items = [item for chunk in chunks for item in chunk]
+        for row in self.rows:
+            for card in row["cards"]:
+                card |= {"of": self.items[card["item"]], "title": self.items[card["item"]]["name"]}
 
     def handle_starttag(self, tag, attributes):
-        values = dict(attributes)
         if tag not in VOID:
             self.open.append(tag)
-        if tag == "section":
-            self.rows.append({"groups": values["data-groups"].split(), "cards": []})
-        elif tag == "figure":
-            self.rows[-1]["cards"].append({"kind": values["class"].split()[1], "title": values["title"], "text": []})
-        elif tag == "canvas":
-            card = self.rows[-1]["cards"][-1]
-            card[values["class"]], card["label"] = int(values["data-cloud"]), values["aria-label"]
-        elif tag == "script":
+        if tag == "script":
             self.scripts.append("")
-        elif tag == "button":
-            self.tabs.append(values["data-tab"])
+            self.kinds.append(dict(attributes).get("class"))
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in EMPTY_SVG
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -54,16 +61,19 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if "script" in self.open:
             self.scripts[-1] += data
-        elif "figcaption" in self.open:
-            self.rows[-1]["cards"][-1]["text"].append(data)
         else:
             self.words.append(data)
 
 
-def decode(cloud: dict) -> tuple[np.ndarray, np.ndarray]:
-    raw, n = zlib.decompress(base64.b64decode(cloud["data"])), cloud["points"]
-    values = np.frombuffer(raw, "<i2", 3 * n).reshape(3, n).T
-    return cloud["origin"] + cloud["step"] * values, np.frombuffer(raw, np.uint8, offset=6 * n).reshape(3, n).T
+def decode(item: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The body's points from top to bottom, their parts, where the background is, and the crop."""
+    raw, n, (height, width) = zlib.decompress(base64.b64decode(item["data"])), item["body"], item["size"]
+    planes = np.frombuffer(raw, np.uint8, 6 * n).reshape(3, 2, n).astype(np.int64)
+    steps = (planes[:, 0] + 256 * planes[:, 1]).cumsum(1) % 65536
+    mask = np.unpackbits(np.frombuffer(raw, np.uint8, offset=7 * n))[: height * width].astype(bool)
+    crop = np.asarray(Image.open(io.BytesIO(base64.b64decode(item["crop"]))).convert("RGB"))
+    part = np.frombuffer(raw, np.uint8, n, 6 * n)
+    return item["origin"] + item["step"] * steps.T, part, mask.reshape(height, width), crop
 
 
 def features_of(split, noise: float, seed: int) -> Features:
@@ -97,24 +107,36 @@ def test_rows_show_the_ranks(page, ranks):
     for row in page.rows:
         query, *matches = row["cards"]
         i = q.names.index(query["title"])
-        assert query["kind"] == "query"
-        assert [card["title"] for card in matches] == [g.names[j] for j in ranks.idx[i, :MATCHES]]
-        for place, (card, j) in enumerate(zip(matches, ranks.idx[i], strict=False), 1):
+        assert query["kind"] == "query" and (row["name"], row["pid"]) == (q.names[i], q.pids[i])
+        first = [card for card in matches if "missed" not in card]
+        assert [card["title"] for card in first] == [g.names[j] for j in ranks.idx[i, :MATCHES]]
+        for place, (card, j) in enumerate(zip(first, ranks.idx[i], strict=False), 1):
             assert card["kind"] == ("right" if g.pids[j] == q.pids[i] else "wrong")
             kinds.add(card["kind"])
-            caption = " ".join(card["text"])
-            assert caption.startswith(f"{place}") and f"{ranks.sim[i, place - 1]:.3f}" in caption
-            assert ("✓" in caption) == (card["kind"] == "right") and ("✗" in caption) == (card["kind"] == "wrong")
-            assert f"cam {g.camids[j]}" in caption
-            assert card["kind"] in card["label"] and g.names[j] in card["label"]
+            assert card["place"] == place and card["distance"] == pytest.approx(1 - ranks.sim[i, place - 1], abs=1e-4)
+            assert card.get("same", False) == (g.camids[j] == q.camids[i])
+            assert (card["of"]["pid"], card["of"]["cam"]) == (g.pids[j], g.camids[j])
     assert kinds == {"right", "wrong"}
 
 
-def test_each_canvas_has_its_own_cloud_and_each_cloud_is_kept_once(page, dataset):
+def test_matches_that_come_later_are_shown_with_their_places(page, ranks):
+    """By sorting all of the gallery for each query."""
+    q, g, missed = ranks.query, ranks.gallery, 0
+    unit = [part.feats / np.linalg.norm(part.feats, axis=1, keepdims=True) for part in (q, g)]
     for row in page.rows:
-        for card in row["cards"]:
-            assert page.clouds[card["cloud"]]["name"] == page.clouds[card["crop"]]["name"] == card["title"]
-    names = [cloud["name"] for cloud in page.clouds]
+        i = q.names.index(row["name"])
+        counted = np.flatnonzero((g.pids != -1) & ~((g.pids == q.pids[i]) & (g.camids == q.camids[i])))
+        order = counted[np.argsort(-(unit[0][i] @ unit[1][counted].T), kind="stable")]
+        places = [p for p in range(len(order)) if g.pids[order[p]] == q.pids[i] and p >= MATCHES][:MISSED]
+        late = [card for card in row["cards"] if card.get("missed")]
+        assert [(card["title"], card["place"]) for card in late] == [(g.names[order[p]], p + 1) for p in places]
+        assert all(card["kind"] == "right" for card in late)
+        missed += len(late)
+    assert missed > 0
+
+
+def test_each_item_is_kept_once(page):
+    names = [item["name"] for item in page.items]
     assert len(names) == len(set(names))
 
 
@@ -124,26 +146,56 @@ def test_clouds_of_one_name_in_two_folders_are_two(tmp_path):
     splits = [open_dataset(root).gallery for root in roots]
     query, gallery = (features_of(split, 0.0, 1) for split in splits)
     shown = Page(view(search(query, gallery, k=2), tmp_path / "ranks.html"))
-    assert {tuple(cloud["size"]) for cloud in shown.clouds} == {(32, 16), (24, 16)}
+    assert {tuple(item["size"]) for item in shown.items} == {(32, 16), (24, 16)}
     for row in shown.rows:
-        sizes = [tuple(shown.clouds[card["cloud"]]["size"]) for card in row["cards"]]
+        sizes = [tuple(card["of"]["size"]) for card in row["cards"]]
         assert sizes == [(32, 16)] + [(24, 16)] * (len(sizes) - 1)
 
 
 def test_clouds_come_back_within_half_a_step(page, dataset):
     splits = {"query": dataset.query, "gallery": dataset.gallery}
-    for shown in page.clouds:
+    for shown in page.items:
         split = splits[shown["name"].split("/")[0]]
         row = [record.name for record in split.records].index(shown["name"])
         cloud, record = split.cloud(row), split.records[row]
-        xyz, rgb = decode(shown)
+        xyz, part, mask, crop = decode(shown)
         body = cloud.vertex >= 0
-        order = np.concatenate([np.flatnonzero(body), np.flatnonzero(~body)])
-        assert shown["points"] == len(cloud) and shown["body"] == body.sum()
-        assert np.abs(xyz - cloud.xyz[order]).max() <= shown["step"] / 2 * 1.0001
-        assert shown["step"] < 1e-4
-        np.testing.assert_array_equal(rgb, cloud.rgb[order])
-        assert (tuple(shown["size"]), tuple(shown["cam"])) == (record.size, record.cam)
+        assert shown["body"] == body.sum() and tuple(shown["size"]) == record.size == crop.shape[:2]
+        assert shown["step"] == 0.002 and (part == 255).all()  # the capsules are no embedded body
+        mine = cloud.xyz[body].astype(np.float64)
+        assert np.abs(np.sort(xyz, 0) - np.sort(mine, 0)).max() <= shown["step"] / 2 * 1.0001
+        (s, tx, ty), (height, width) = record.cam, record.size
+        pixel = np.stack(
+            (
+                ((s * (cloud.xyz[:, 0] + tx)) * height / width + 1) * width / 2,
+                (s * (cloud.xyz[:, 1] + ty) + 1) * height / 2,
+            ),
+            1,
+        )
+        place = np.floor(pixel + 1e-4).astype(int)
+        inside = ((place >= 0) & (place < [width, height])).all(1)
+        expected = np.zeros((height, width), bool)
+        expected[tuple(place[~body & inside].T[::-1])] = True
+        assert np.array_equal(mask, expected)
+        assert shown["depth"] == pytest.approx(cloud.xyz[~body, 2].mean(), abs=1e-5)
+        near = crop[tuple(place[inside].T[::-1])].astype(int) - cloud.rgb[inside]
+        assert np.abs(near).mean() < 20  # WebP of 512 pixels of noise
+
+
+def test_parts_of_an_embedded_body():
+    """The crown is of the head, the toes are of the feet, left and right hand of the arms."""
+    body = load_body("full")
+    verts = body.v_template.numpy()
+    found = _parts(np.arange(len(verts), dtype=np.int32), "embedded-full")
+    names = list(PARTS)
+    top, low = verts[:, 1].argmax(), verts[:, 1].argmin()
+    if names[found[low]] == "head":
+        top, low = low, top
+    assert (names[found[top]], names[found[low]]) == ("head", "feet")
+    assert {names[found[verts[:, 0].argmax()]], names[found[verts[:, 0].argmin()]]} == {"arms"}
+    assert set(found.tolist()) == set(range(len(PARTS)))
+    assert (_parts(np.array([-1, len(verts), 0]), "embedded-full")[:2] == 255).all()
+    assert (_parts(np.arange(5), "mine.pkl") == 255).all()
 
 
 def test_groups_are_the_worst_the_best_and_random_ones(page, ranks):
@@ -151,10 +203,10 @@ def test_groups_are_the_worst_the_best_and_random_ones(page, ranks):
     shown = {group: [] for group in ("random", "worst", "best")}
     for row in page.rows:
         for group in row["groups"]:
-            shown[group].append(ap[ranks.query.names.index(row["cards"][0]["title"])])
+            shown[group].append(ap[ranks.query.names.index(row["name"])])
     assert len(shown["random"]) >= 4 and len(shown["worst"]) == len(shown["best"]) == 4
     assert sorted(shown["worst"]) == np.sort(ap)[:4].tolist() and sorted(shown["best"]) == np.sort(ap)[-4:].tolist()
-    assert page.tabs == ["all", "random", "worst", "best"]
+    assert page.tabs == ["random", "worst", "best"]
 
 
 def test_the_header_has_the_scores(page, ranks):
@@ -176,7 +228,7 @@ def test_the_same_ranks_give_the_same_page_and_no_other_file(ranks, tmp_path):
 
 
 def test_size_of_a_full_page(tmp_path):
-    """12 queries and 72 matches of 128 x 64, all different and noisy: under 8 MB."""
+    """12 queries and 72 matches of 128 x 64, all different and noisy: 2,500 such are 30 MB."""
     clouds, records = [], []
     for i in range(84):
         cloud, record = capsule_person(i + 1, 1, i)
@@ -189,7 +241,7 @@ def test_size_of_a_full_page(tmp_path):
     names = [record.name for record in records]
     everything = Features(feats, split.pids, split.camids, names, None, str(tmp_path), "all")
     path = view(search(everything, everything), tmp_path / "page.html")
-    assert path.stat().st_size < 8e6
+    assert path.stat().st_size < 84 * 12e3 + 5e4
 
 
 NAMES = ["<script>alert(1)</script>.jpg", "'onmouseover=alert(1) x='.jpg", "</script><b>&amp;.jpg", "<!--clouds-->.jpg"]
@@ -205,9 +257,9 @@ def test_names_cannot_break_out(tmp_path):
     split = open_dataset(tmp_path).all
     everything = Features(np.eye(4, dtype=np.float32), split.pids, split.camids, NAMES, None, str(tmp_path), "all")
     page = Page(view(search(everything, everything), tmp_path / "page.html"))
-    assert len(page.scripts) == 2
-    assert sorted(cloud["name"] for cloud in page.clouds) == sorted(NAMES)
-    assert {row["cards"][0]["title"] for row in page.rows} == set(NAMES)
+    assert len(page.scripts) == 3
+    assert sorted(item["name"] for item in page.items) == sorted(NAMES)
+    assert {row["name"] for row in page.rows} == set(NAMES)
 
 
 def test_unknown_people_are_neither_right_nor_wrong(tmp_path):
@@ -217,7 +269,8 @@ def test_unknown_people_are_neither_right_nor_wrong(tmp_path):
     one = Features(np.ones((1, 2), np.float32), unknown, unknown, [record.name], None, here, "all")
     page = Page(view(search(one, one), tmp_path / "page.html"))
     assert [card["kind"] for card in page.rows[0]["cards"]] == ["query", "unknown"]
-    assert "id unknown" in page.text and "cam unknown" in page.text and "Rank-1" not in page.text and page.tabs == []
+    assert page.items[0]["pid"] == page.items[0]["cam"] == -1
+    assert "Rank-1" not in " ".join(page.words) and page.tabs == [] and "<svg" not in page.text
 
 
 def test_errors(ranks, dataset, tmp_path):
@@ -237,3 +290,83 @@ def test_errors(ranks, dataset, tmp_path):
     with pytest.raises(FileNotFoundError, match="/gone"):
         view(search(gone, gone), tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_folder_holds_the_same_in_pieces(ranks, tmp_path):
+    one, folder = Page(view(ranks, tmp_path / "one.html")), tmp_path / "pages"
+    folder.mkdir()
+    (folder / "items-999.js").write_text("of an older page")
+    assert view(ranks, folder) == folder / "index.html"
+    pieces = sorted(path.name for path in folder.glob("items-*.js"))
+    assert pieces == [f"items-{i:03d}.js" for i in range(len(pieces))] and len(pieces) > 1
+    found = []
+    for i, name in enumerate(pieces):
+        text = (folder / name).read_text()
+        assert text.startswith(f"chunk({i},") and text.endswith(")\n")
+        found += json.loads(text[len(f"chunk({i},") : -2])
+    assert found == one.items
+    index = (folder / "index.html").read_text()
+    assert "class='items'" not in index and len(index) < len(one.text) / 2
+    assert "script-src 'unsafe-inline' 'self' file:" in index
+
+
+def test_curves_by_hand(tmp_path):
+    """One query whose matches come first and third: precision 1 up to half the recall, 2/3 beyond."""
+    split = open_dataset(write_capsules(tmp_path / "shards", ids=2, cams=2, images=3)).gallery
+    pids, camids = np.array([1, 2, 1]), np.array([2, 2, 2])
+    names = [split.records[i].name for i in range(4)]
+    gallery = Features(np.eye(3, dtype=np.float32), pids, camids, names[:3], None, str(split.root), "gallery")
+    query = replace(gallery.subset([0]), pids=np.array([1]), camids=np.array([1]), names=names[3:])
+    scores = np.array([[0.9, 0.5, 0.1]], np.float32)
+    found = ranked(query, gallery, scores)
+    assert found.idx.tolist() == [[0, 1, 2, -1, -1, -1]] and found.sim[0, :3].tolist() == scores[0].tolist()
+    text = view(found, tmp_path / "page.html", scores=scores).read_text()
+    assert "distance, 1 - cosine" not in text and text.count("<svg") == 3
+    curve = re.findall(r"points='([^']*)'", text)[1].split()
+    heights = [float(point.split(",")[1]) for point in curve]
+    assert heights[:26] == [10.0] * 26 and heights[26:] == [pytest.approx(10 + 170 / 3, abs=0.1)] * 25
+    same, different = (re.findall(r"points='([^']*)'", text)[i].split() for i in (2, 3))
+    peaks = [[float(p.split(",")[0]) for p in line if float(p.split(",")[1]) < 170] for line in (same, different)]
+    assert len(peaks[0]) == 2 and len(peaks[1]) == 1 and peaks[0][0] < peaks[1][0] < peaks[0][1]
+
+
+def test_the_table_of_cameras(ranks, tmp_path):
+    text = view(ranks, tmp_path / "page.html").read_text()
+    cells = re.findall(r"title='(\d+) queries'>(\d+) <small>(\d+)", text)
+    q, g = ranks.query, ranks.gallery
+    for found, (start, end) in zip(cells, [(1, 2), (2, 1)], strict=True):
+        one, other = q.subset(np.flatnonzero(q.camids == start)), g.subset(np.flatnonzero(g.camids == end))
+        result = evaluate(one, other, "mean")
+        assert found == (str(len(one)), f"{100 * result.cmc[0]:.0f}", f"{100 * result.mAP:.0f}")
+
+
+def test_crops_of_2d_methods(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder in ("query", "bounding_box_test"):
+        (tmp_path / "world" / folder).mkdir(parents=True)
+        for pid in (1, 2):
+            pixels = rng.integers(0, 255, (400, 200, 3)).astype(np.uint8)
+            camid = 1 + (folder == "query")
+            Image.fromarray(pixels).save(tmp_path / "world" / folder / f"{pid:04d}_c{camid}s1_000001_00.jpg")
+    crops = open_dataset(tmp_path / "world")
+    query, gallery = (features_of(split, 0.1, 1) for split in (crops.query, crops.gallery))
+    page = Page(view(search(query, gallery), tmp_path / "page.html"))
+    assert len(page.items) == 4 and not any("data" in item for item in page.items)
+    for item in page.items:
+        picture = Image.open(io.BytesIO(base64.b64decode(item["crop"])))
+        assert picture.format == "WEBP" and picture.size == (80, 160)
+
+
+def test_pages_of_runs_that_did_not_end(tmp_path):
+    run = tmp_path / "run & <b>"
+    run.mkdir()
+    lines = [{"epoch": i, "loss": 5.0 - i, "accuracy": 0.1 * i, "lr": 1e-3} for i in (1, 2, 3)]
+    text = "\n".join(json.dumps(line) for line in lines) + '\n{"epoch": 4, "lo'
+    (run / "metrics.jsonl").write_text(text)
+    page = Page(report(run, tmp_path / "failed.html", "It has no features <yet>."))
+    words = " ".join(page.words)
+    assert "It has no features <yet>." in words and str(run) in words and page.rows == [] == page.items
+    assert page.text.count("<svg") == 3 and all(name in words for name in ("loss", "accuracy", "lr"))
+    (run / "metrics.jsonl").unlink()
+    empty = Page(report(run, tmp_path / "empty.html", "Nothing here."))
+    assert "Nothing here." in " ".join(empty.words) and "<svg" not in empty.text
