@@ -520,6 +520,9 @@ def _write(
     held = "" if page != out else "".join(f"<script type='application/json' class='items'>{x}</script>" for x in chunks)
     groups = [group for group in ("random", "worst", "best") if any(group in row["groups"] for row in rows)]
     about = {"rows": rows, "chunk": CHUNK, "groups": groups if len(groups) > 1 else [], "parts": list(PARTS)}
+    if curves:  # beside rows out of the way, until they are asked for
+        shown = "" if rows else " open"
+        curves = f"<details id='curves'{shown}><summary>Curves</summary>{curves}</details>"
     parts = {
         "policy": "" if page == out else " 'self' file:",
         "header": header,
