@@ -1,4 +1,4 @@
-"""Trains the 2D methods, and OG-Net-Small, by their recipes for a CPU on a synthetic world, and searches people not seen.
+"""Trains the 2D methods and OG-Net-Small by their recipes for a CPU on a synthetic world, and searches people not seen.
 
     python benchmarks/baselines.py benchmarks/results/baselines-cpu.json [--folder build/baselines] [--seeds 1]
                                    [--workers 2] [--recipes synth_rmgl synth_relation_s ...]

@@ -33,7 +33,6 @@ from PIL import Image
 from ..cloud import PointCloud
 from ..data import CloudDataset, ImageDataset, open_dataset
 from ..io import Record, atomic_write
-from ..preprocess.body import JOINT_NAMES, load_body
 from ..retrieval import Features, Ranks, Result, evaluate
 from ..retrieval.search import similarity_blocks
 
@@ -222,6 +221,8 @@ def _parts(vertex: np.ndarray, body_model: str) -> np.ndarray:
     unknown = np.full(len(vertex), 255, np.uint8)
     if not body_model.startswith("embedded-"):
         return unknown
+    from ..preprocess.body import JOINT_NAMES, load_body
+
     weights = load_body(body_model.removeprefix("embedded-")).weights
     words = [
         next(i for i, names in enumerate(PARTS.values()) if any(name in joint for name in names))
