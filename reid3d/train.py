@@ -492,10 +492,10 @@ def _prepare(config: TrainConfig, model: Any, split: Split, team: _Team) -> None
         if config.model.backbone or config.train.backbone_lr != 1:
             raise ValueError(f"model.backbone and train.backbone_lr are for 2D methods, got {name}")
         return
-    if config.loss != LossConfig():
+    if hasattr(model, "loss") and config.loss != LossConfig():
         raise ValueError(f"loss must be left out: {name} has its own losses, which model.kwargs can change")
     if team.world > 1:
-        raise ValueError(f"{name} trains in one process, got {team.world}: its losses are of the whole batch")
+        raise ValueError(f"{name} trains in one process, got {team.world}: losses and norms are of the whole batch")
     model.size = (config.image.height or model.size[0], config.image.width or model.size[1])
     if config.model.backbone:
         print(load_backbone(model, config.model.backbone), file=sys.stderr)

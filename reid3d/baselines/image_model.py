@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..models.head import Output
 
 Form = Literal["official", "paper"]  # where paper and published code differ, whose way it is
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of R, G, B
@@ -21,7 +24,11 @@ class Heads(NamedTuple):
 
 
 class ImageModel(nn.Module):
-    """A method of crops. A subclass says in ``describe`` what it makes of them, and in ``loss`` what it learns by.
+    """A method of crops. A subclass says in ``describe`` what it makes of them.
+
+    Where it has its own losses it has ``loss``, of what it returns in training mode and labels (B,) int64 in [0,
+    num_classes): the terms whose sum is minimised, weighted, by name. Otherwise it returns `models.Output`, and learns
+    by the losses of the config.
 
     size: height and width in pixels, at first those it was published with. resample: how crops are brought to it,
     "bilinear" or "bicubic". flip: whether the descriptor is the mean of those of the image and of its mirror image.
@@ -38,14 +45,14 @@ class ImageModel(nn.Module):
     backbone: tuple[str, ...] = ()
     classifiers: tuple[str, ...] = ()
 
-    def forward(self, images: Tensor) -> Tensor | Heads:
+    def forward(self, images: Tensor) -> Tensor | Heads | Output:
         """Describe B crops.
 
         Args:
             images: (B, 3, H, W) RGB in [0, 1], of floating point.
 
         Returns:
-            In eval mode feats (B, D), compared by cosine; in training mode, where B >= 2, Heads.
+            In eval mode feats (B, D), compared by cosine; in training mode, where B >= 2, Heads, or Output.
 
         Raises:
             TypeError: not floating point. ValueError: another shape, or a size that the method cannot divide.
@@ -59,12 +66,8 @@ class ImageModel(nn.Module):
             images = (images - mean) / std
         return self.describe(images)
 
-    def describe(self, images: Tensor) -> Tensor | Heads:
+    def describe(self, images: Tensor) -> Tensor | Heads | Output:
         """As ``forward``, of normalised crops."""
-        raise NotImplementedError
-
-    def loss(self, output: Heads, labels: Tensor) -> dict[str, Tensor]:
-        """The terms whose sum is minimised, weighted, by name. labels: (B,) int64 in [0, num_classes)."""
         raise NotImplementedError
 
     def check_classes(self, labels: Tensor, num_classes: int) -> None:

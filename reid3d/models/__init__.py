@@ -16,7 +16,7 @@ from torch import nn
 from ..baselines import plr_osnet, qaconv, relation, rmgl
 from ..baselines import weights as weights_2d
 from ..io import atomic_write
-from . import dgcnn, official, ognet, pointnet2
+from . import dgcnn, official, ognet, plain, pointnet2
 from .head import Output
 
 __all__ = ["Output", "create_model", "list_models", "resolve_device", "save_weights"]
@@ -30,12 +30,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "dgcnn": dgcnn.dgcnn,
     "pointnet2_ssg": pointnet2.pointnet2_ssg,
     "pointnet2_msg": pointnet2.pointnet2_msg,
+    "osnet": plain.osnet,
     "plr_osnet": plr_osnet.plr_osnet,
     "qaconv50": qaconv.qaconv50,
     "qaconv50_ibn_b": qaconv.qaconv50_ibn_b,
     "qaconv152": qaconv.qaconv152,
     "relation_f": relation.relation_f,
     "relation_s": relation.relation_s,
+    "resnet50": plain.resnet50,
     "rmgl": rmgl.rmgl,
 }
 

@@ -24,7 +24,17 @@ def saved(tmp_path):
 
 def test_names():
     of_clouds = ["dgcnn", "ognet", "ognet_deep", "ognet_small", "pointnet2_msg", "pointnet2_ssg"]
-    of_images = ["plr_osnet", "qaconv152", "qaconv50", "qaconv50_ibn_b", "relation_f", "relation_s", "rmgl"]
+    of_images = [
+        "osnet",
+        "plr_osnet",
+        "qaconv152",
+        "qaconv50",
+        "qaconv50_ibn_b",
+        "relation_f",
+        "relation_s",
+        "resnet50",
+        "rmgl",
+    ]
     assert list_models() == sorted(of_clouds + of_images)
     model = create_model("ognet", 3)
     assert (model.name, model.num_classes, model.inputs, model.training) == ("ognet", 3, "cloud", True)
@@ -91,10 +101,12 @@ def test_metadata(saved):
 
 def test_errors(saved, tmp_path):
     with pytest.raises(
-        ValueError, match="one of dgcnn, ognet, ognet_deep, ognet_small, plr_osnet, .*, rmgl, got 'resnet'"
+        ValueError, match="one of dgcnn, ognet, ognet_deep, ognet_small, osnet, plr_osnet, .*, rmgl, got 'resnet'"
     ):
         create_model("resnet")
-    with pytest.raises(ValueError, match="one of dgcnn, ognet, ognet_deep, ognet_small, plr_osnet, .*, rmgl, got None"):
+    with pytest.raises(
+        ValueError, match="one of dgcnn, ognet, ognet_deep, ognet_small, osnet, plr_osnet, .*, rmgl, got None"
+    ):
         create_model()
     with pytest.raises(ValueError, match="ognet has the arguments k, convs, .*, dropout, .*, preset, got depth"):
         create_model("ognet", depth=3)
