@@ -75,6 +75,8 @@ class PLROSNet(ImageModel):
         learned_centres: those of the centre loss are parameters, one a person; else they stay where they are drawn, and
             people beyond the 751st have none.
         projected: the global vector goes through a linear layer of its own size.
+        whole: whether there is a global branch. each_strip: whether each strip has a classifier of its own, and their
+            cross-entropies are added up, in place of one of all strips. The paper's ablations.
 
     Key names are the published code's, besides centres1 and centres2, which its checkpoints lack. Its attention has
     torch's initial weights, its linear layers N(0, 0.01), biases of 0. Both branches begin with the same weights.
@@ -94,9 +96,11 @@ class PLROSNet(ImageModel):
         label_smoothing: float = 0.1,
         learned_centres: bool = False,
         projected: bool = True,
+        whole: bool = True,
+        each_strip: bool = False,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.whole, self.each_strip = num_classes, whole, each_strip
         self.label_smoothing = label_smoothing
         osnet = OSNet()
         self.layer0 = nn.Sequential(osnet.conv1, osnet.maxpool)
@@ -105,14 +109,19 @@ class PLROSNet(ImageModel):
         self.layer2 = osnet.conv3
         self.attention_module2 = Attention(WIDTHS[2])
         self.layer30 = osnet.conv4
-        self.layer31 = nn.Sequential(copy.deepcopy(osnet.conv4))
         self.layer40 = osnet.conv5
-        self.layer41 = nn.Sequential(copy.deepcopy(osnet.conv5))
-        self.fc2 = _linear(OSNet.channels, OSNet.channels) if projected else None
-        self.bn1, self.bn2 = (nn.BatchNorm1d(dim) for dim in DIMS)
+        if whole:
+            self.layer31 = nn.Sequential(copy.deepcopy(osnet.conv4))
+            self.layer41 = nn.Sequential(copy.deepcopy(osnet.conv5))
+        self.fc2 = _linear(OSNet.channels, OSNet.channels) if projected and whole else None
+        for i, dim in enumerate(DIMS[: 1 + whole], 1):
+            self.add_module(f"bn{i}", nn.BatchNorm1d(dim))
         if num_classes:
-            self.classifier1, self.classifier2 = (_linear(dim, num_classes) for dim in DIMS)
-            for i, dim in enumerate(DIMS, 1):
+            for i, dim in enumerate(DIMS[: 1 + whole], 1):
+                each = i == 1 and each_strip
+                parts = [_linear(dim // STRIPS, num_classes) for _ in range(STRIPS)] if each else []
+                self.add_module(f"classifier{i}", nn.ModuleList(parts) if each else _linear(dim, num_classes))
+            for i, dim in enumerate(DIMS[: 1 + whole], 1):
                 centres = torch.randn(num_classes if learned_centres else FROZEN_CENTRES, dim)
                 if learned_centres:
                     self.register_parameter(f"centres{i}", nn.Parameter(centres))
@@ -127,18 +136,22 @@ class PLROSNet(ImageModel):
         x = self.attention_module2(self.layer2(x))
         strips = self.layer40(self.layer30(x)).unflatten(2, (STRIPS, -1)).mean((3, 4))  # (B, 512, 4)
         local = strips.transpose(1, 2).flatten(1)
-        whole = self.layer41(self.layer31(x)).amax((2, 3))
-        if self.fc2 is not None:
-            whole = self.fc2(whole)
-        normed = self.bn1(local), self.bn2(whole)
+        found = [local]
+        if self.whole:
+            whole = self.layer41(self.layer31(x)).amax((2, 3))
+            found.append(whole if self.fc2 is None else self.fc2(whole))
+        normed = [self.get_submodule(f"bn{i}")(feats) for i, feats in enumerate(found, 1)]
         if not self.training:
             return torch.cat([F.normalize(feats) for feats in normed], dim=1)
-        if not self.num_classes:
-            return Heads((local, whole), ())
-        return Heads((local, whole), (self.classifier1(normed[0]), self.classifier2(normed[1])))
+        logits: list[Tensor] = []
+        for i, feats in enumerate(normed if self.num_classes else [], 1):
+            of = self.get_submodule(f"classifier{i}")
+            parts = zip(of, feats.chunk(STRIPS, 1), strict=True) if isinstance(of, nn.ModuleList) else ((of, feats),)
+            logits += [classifier(part) for classifier, part in parts]
+        return Heads(tuple(found), tuple(logits))
 
     def loss(self, output: Heads, labels: Tensor) -> dict[str, Tensor]:
-        """The terms whose sum is minimised, weighted, means over the two branches.
+        """The terms whose sum is minimised, weighted, means over the branches.
 
         cross_entropy of the logits, and of the vectors in front of the norm triplet, batch-hard with a soft margin, and
         centre, 0.0005 times the squared distance to the centre of the person, a mean over the samples that have one.
@@ -158,10 +171,9 @@ class PLROSNet(ImageModel):
         cross_entropy = [
             F.cross_entropy(_wide(logits), labels, label_smoothing=self.label_smoothing) for logits in output.logits
         ]
-        centres = self.centres1, self.centres2
-        centre = [_centre_loss(feats, labels, of) for feats, of in zip(output.feats, centres, strict=True)]
+        centre = [_centre_loss(feats, labels, getattr(self, f"centres{i}")) for i, feats in enumerate(output.feats, 1)]
         return {
-            "cross_entropy": torch.stack(cross_entropy).mean(),
+            "cross_entropy": torch.stack(cross_entropy).sum() / len(output.feats),
             "triplet": torch.stack(triplet).mean(),
             "centre": CENTRE_WEIGHT * torch.stack(centre).mean(),
         }
@@ -178,6 +190,8 @@ def plr_osnet(
     smoothing: Form | None = None,
     centres: Form | None = None,
     projection: Form | None = None,
+    whole: bool = True,
+    each_strip: bool = False,
 ) -> PLROSNet:
     """PLR-OSNet: 3,324,926 parameters without the classifiers, or 3,062,270 in the paper's form.
 
@@ -187,6 +201,7 @@ def plr_osnet(
         smoothing: of the labels of cross-entropy; official: 0.1, paper: none.
         centres: of the centre loss; official: 751 of N(0, 1) that never learn, paper: one a person, learned.
         projection: of the global vector; official: a linear layer behind the max pooling, paper: none.
+        whole, each_strip: see PLROSNet.
 
     Raises:
         ValueError: a form of another name.
@@ -200,6 +215,8 @@ def plr_osnet(
         label_smoothing=0.1 if (smoothing or form) == "official" else 0.0,
         learned_centres=(centres or form) == "paper",
         projected=(projection or form) == "official",
+        whole=whole,
+        each_strip=each_strip,
     )
 
 

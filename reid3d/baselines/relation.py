@@ -57,6 +57,8 @@ class RelationNet(ImageModel):
         reduction: to p and r by the paper's 1x1 convolution alone; in the code BatchNorm and ReLU follow.
         cross_entropy: the paper's of q; the code's of q, p and r.
         triplet: the paper's of the descriptor; the code's of each q.
+        relate: whether parts see the rest; otherwise q_i = p_i. contrastive: the same of the global maximum and the
+            contrast. The paper's ablations.
 
     A convolution in front of BatchNorm has a bias, which changes nothing there and has no gradient but rounding: it is
     among the published parameters. Classifiers start as N(0, 0.001), their biases as 0, all else as torch makes it.
@@ -85,6 +87,8 @@ class RelationNet(ImageModel):
         reduction: Form | None = None,
         cross_entropy: Form | None = None,
         triplet: Form | None = None,
+        relate: bool = True,
+        contrastive: bool = True,
     ) -> None:
         super().__init__()
         if not strips or min(strips) < 2 or len(set(strips)) < len(strips):
@@ -101,11 +105,13 @@ class RelationNet(ImageModel):
         self.base = backbone
         channels: Any = backbone.channels
         for n in self.strips:
-            for (convs, classifiers), count in ((LOCAL, n), (GLOBAL, 1)):
-                for name, classifier, relates in zip(convs, classifiers, (False, False, True), strict=True):
+            for (convs, classifiers), count, related in ((LOCAL, n, relate), (GLOBAL, 1, contrastive)):
+                for i, (name, classifier) in enumerate(zip(convs, classifiers, strict=True)):
+                    relates = i == 2
                     inputs, bare = (2 * dim, False) if relates else (channels, ways["reduction"] == "paper")
-                    self.add_module(name.format(n), nn.ModuleList(_reduce(inputs, dim, bare) for _ in range(count)))
-                    if num_classes and (relates or ways["cross_entropy"] == "official"):
+                    if related or i == 0:
+                        self.add_module(name.format(n), nn.ModuleList(_reduce(inputs, dim, bare) for _ in range(count)))
+                    if num_classes and (relates or related and ways["cross_entropy"] == "official"):
                         linears = (_classifier(dim, num_classes) for _ in range(count))
                         self.add_module(classifier.format(n), nn.ModuleList(linears))
 
@@ -137,12 +143,15 @@ class RelationNet(ImageModel):
     ) -> list[tuple[Tensor, list[Tensor]]]:
         """Of K vectors and what there is besides each, (B, C, K, 1): q (B, dim), and the logits of q, p and r."""
         convs, classifiers = names
-        to_p, to_r, relate = (getattr(self, name.format(n)) for name in convs)
+        to_p, to_r, relate = (getattr(self, name.format(n), None) for name in convs)
+        assert to_p is not None
         of_p, of_r, of_q = (getattr(self, name.format(n), None) for name in classifiers)
         found = []
         for i in range(own.shape[2]):
-            p, r = to_p[i](own[:, :, i : i + 1]), to_r[i](rest[:, :, i : i + 1])
-            q = p + relate[i](torch.cat((p, r), 1))
+            q = r = p = to_p[i](own[:, :, i : i + 1])
+            if to_r is not None and relate is not None:
+                r = to_r[i](rest[:, :, i : i + 1])
+                q = p + relate[i](torch.cat((p, r), 1))
             heads = ((of_q, q), (of_p, p), (of_r, r)) if self.training else ()
             logits = [classifier[i](x.flatten(1)) for classifier, x in heads if classifier is not None]
             found.append((q.flatten(1), logits))
@@ -192,6 +201,8 @@ def relation_s(
     reduction: Form | None = None,
     cross_entropy: Form | None = None,
     triplet: Form | None = None,
+    relate: bool = True,
+    contrastive: bool = True,
 ) -> RelationNet:
     """The paper's Ours-S, on ResNet-50 with 6 strips: 1,792 numbers.
 
@@ -207,6 +218,8 @@ def relation_s(
         reduction=reduction,
         cross_entropy=cross_entropy,
         triplet=triplet,
+        relate=relate,
+        contrastive=contrastive,
     )
 
 
@@ -218,6 +231,8 @@ def relation_f(
     reduction: Form | None = None,
     cross_entropy: Form | None = None,
     triplet: Form | None = None,
+    relate: bool = True,
+    contrastive: bool = True,
 ) -> RelationNet:
     """The paper's Ours-F, on ResNet-50 with 6, 4 and 2 strips: 3,840 numbers.
 
@@ -233,4 +248,6 @@ def relation_f(
         reduction=reduction,
         cross_entropy=cross_entropy,
         triplet=triplet,
+        relate=relate,
+        contrastive=contrastive,
     )

@@ -438,3 +438,33 @@ def test_errors():
         model.loss(output, torch.tensor([0, 1, 2]))
     with pytest.raises(TypeError, match="labels must be an int64 tensor, got torch.int32"):
         model.loss(output, torch.tensor([0, 1], dtype=torch.int32))
+
+
+# The paper's ablations.
+
+
+def test_without_the_global_branch_the_descriptor_is_that_of_the_strips():
+    whole, cut = small().eval(), small(whole=False).eval()
+    cut.load_state_dict({key: tensor for key, tensor in whole.state_dict().items() if key in cut.state_dict()})
+    absent = {key.partition(".")[0] for key in whole.state_dict().keys() - cut.state_dict().keys()}
+    assert absent == {"layer31", "layer41", "fc2", "bn2", "classifier2", "centres2"}
+    assert torch.equal(cut(crops()), whole(crops())[:, :2048])
+    loss, both = (model.train().loss(model(crops()), LABELS) for model in (cut, whole))
+    feats, logits = whole(crops())
+    assert list(loss) == TERMS and loss["cross_entropy"] != both["cross_entropy"]
+    by_hand = cross_entropy_by_the_book(logits[0].detach(), LABELS, 0.1)
+    assert loss["cross_entropy"].item() == pytest.approx(float(by_hand), rel=1e-9)
+
+
+def test_a_classifier_for_each_strip():
+    model = small(each_strip=True).train()
+    feats, logits = model(crops())
+    assert len(feats) == 2 and len(logits) == 5
+    normed = model.eval().bn1.train()(feats[0])
+    for i, got in enumerate(logits[:4]):
+        classifier = model.classifier1[i]
+        expected = normed[:, 512 * i : 512 * (i + 1)] @ classifier.weight.T + classifier.bias
+        torch.testing.assert_close(got, expected)
+    terms = [float(cross_entropy_by_the_book(one.detach(), LABELS, 0.1)) for one in logits]
+    loss = model.loss(Heads(feats, logits), LABELS)
+    assert loss["cross_entropy"].item() == pytest.approx((sum(terms[:4]) + terms[4]) / 2, rel=1e-9)

@@ -419,3 +419,33 @@ def test_bad_input():
     for name in ("form", *SWITCHES):
         with pytest.raises(ValueError, match=f"^{name} must be 'official' or 'paper', got 'code'$"):
             RelationNet(Patches(), (6,), **{name: "code"})
+
+
+# The paper's ablations.
+
+
+def test_without_relations_a_feature_is_its_part_reduced():
+    """q_i = p_i, and q_0 the maximum reduced, in the forms of the same weights by name; the rest is not there."""
+    whole, cut = small((6, 2)).eval(), small((6, 2), relate=False, contrastive=False).eval()
+    wanted = set(whole.state_dict())
+    for kind in ("rest_6_conv", "rest_2_conv", "relation", "global_6_rest", "global_2_rest", "pooling"):
+        wanted = {key for key in wanted if kind not in key}
+    gone = ("fc_local_6_", "fc_local_2_", "fc_rest_", "fc_global_max", "fc_global_rest")
+    assert set(cut.state_dict()) == {key for key in wanted if not key.startswith(gone)}
+    images = crops()
+    features = cut(images)
+    close(features, torch.cat([relation[1][1] for relation in book(whole, images, False, (6, 2))], 1))
+    output = cut.train()(images)
+    assert len(output.logits) == 6 + 2 + 2 and output.feats[0].shape == (7, DIM)
+    classifier = cut.fc_local_rest_6_list[0]
+    close(output.logits[0], classifier(output.feats[0]))
+
+
+@pytest.mark.parametrize("relate", [False, True])
+def test_each_relation_may_be_left_out_alone(relate):
+    model, full = small(relate=relate, contrastive=not relate).eval(), small().eval()
+    got, expected = model(crops()), full(crops())
+    local = 12 * DIM
+    same, other = (slice(0, local), slice(local, None)) if relate else (slice(local, None), slice(0, local))
+    close(got[:, same], expected[:, same])
+    assert (got[:, other] - expected[:, other]).abs().max() > 1e-3
