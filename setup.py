@@ -101,11 +101,12 @@ setup(
             "open3d-cpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "open3d; sys_platform != 'linux' or platform_machine != 'x86_64'",
         ],
+        "study": ["matplotlib"],
         # smplx, for non-commercial use, is an oracle of the tests and nothing else.
         "test": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
             *("torch-geometric", "trimesh", "ray[data]", "smplx", "h5py", "scipy", "pytorch-metric-learning"),
-            *("tensorboard", "faiss-cpu", "playwright"),
+            *("tensorboard", "faiss-cpu", "matplotlib", "playwright"),
         ],
         # What `reid3d bench` compares with. torch-cluster is built from source against the torch that is there, which
         # takes minutes and needs --no-build-isolation.

@@ -13,12 +13,10 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 import reid3d
@@ -27,10 +25,8 @@ from reid3d.config import read_config
 from reid3d.data.layouts import list_images
 from reid3d.io import atomic_write
 from reid3d.preprocess.batch import convert_folder
-from reid3d.preprocess.body import load_body
 from reid3d.preprocess.convert import Recipe
-from reid3d.preprocess.fit import BodyFit, Fitter
-from reid3d.preprocess.synth import synth
+from reid3d.preprocess.synth import TrueBodies, synth
 from reid3d.retrieval.features import Features
 from reid3d.train import train
 
@@ -97,24 +93,6 @@ def by_colour(people: Path, alone: bool, stripes: int) -> dict[str, float]:
 def figures(query: Features, gallery: Features) -> dict[str, float]:
     result = reid3d.evaluate(query, gallery)
     return {"rank1": round(float(result.cmc[0]), 4), "mAP": round(float(result.mAP), 4)}
-
-
-class TrueBodies(Fitter):
-    """The bodies of a world, in their clothes, by the names of its crops."""
-
-    def __init__(self, people: Path) -> None:
-        super().__init__()
-        self.body = load_body("full")
-        with np.load(people / "gt.npz") as truth:
-            self.rows = {name: i for i, name in enumerate(truth["names"].tolist())}
-            for name in ("rotmats", "betas", "cam"):
-                self.register_buffer(name, torch.from_numpy(truth[name]))
-
-    def forward(self, crops: Sequence[np.ndarray], names: Sequence[str]) -> BodyFit:
-        which = torch.tensor([self.rows[name] for name in names])
-        rotmats, betas, cam = self.rotmats[which], self.betas[which], self.cam[which]
-        posed = self.body(rotmats, betas)
-        return BodyFit(posed.verts, cam, torch.ones(len(cam)), rotmats, betas, posed.joints)
 
 
 def learned(preset: str, folder: Path, bodies: str) -> dict[str, Any]:

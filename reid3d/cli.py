@@ -24,6 +24,10 @@ from . import __version__
 JSON_HELP = "write the figures as JSON too"
 CALIBRATION = "calibration.json"  # beside the weights
 RATES = (0.01, 0.001)  # of false matches
+STUDIES = (
+    *("inputs", "models", "transfer", "components", "shortcut", "k", "density", "views", "fit", "postproc"),
+    *("plr_osnet", "relation", "rmgl"),
+)
 CLOCKS = ("frames", "seconds", "market-continuous", "market-official", "duke")
 KNOBS = {  # of a synthetic world
     "ids": "identities, half of them for training",
@@ -224,15 +228,21 @@ def _parser() -> _Parser:
     )
     _number(window, "-k", 5, "matches beside the query")
 
-    study = command("study", "train and rank many models under the same conditions; a second call goes on")
-    study.add_argument("study", metavar="NAME", choices=("compare",), help="compare: a table of --models")
-    models_help = "recipes (packaged or YAML files), or models, trained by the defaults"
-    study.add_argument("--models", metavar="RECIPE", nargs="+", required=True, help=models_help)
-    images_help = "images in any usual layout, with train, query and gallery; converted for networks of clouds"
-    study.add_argument("--data", metavar="IMAGES", type=Path, required=True, help=images_help)
-    study.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of clouds, runs and table")
+    study = command("study", "train and test many networks under the same conditions; a second call goes on")
+    study_help = f"compare: a table of --models; a table of the papers: {', '.join(STUDIES)}"
+    study.add_argument("study", metavar="NAME", choices=("compare", *STUDIES), help=study_help)
+    models_help = "of compare: recipes (packaged or YAML files), or models, trained by the defaults"
+    study.add_argument("--models", metavar="RECIPE", nargs="+", help=models_help)
+    images_help = (
+        "images in any usual layout, with train, query and gallery; converted for networks of clouds; for transfer two"
+    )
+    study.add_argument("--data", metavar="IMAGES", type=Path, nargs="+", required=True, help=images_help)
+    study.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of clouds, runs and tables")
+    budget_help = "of a table: cpu (small networks, hours), gpu, paper (the published recipes) (default: %(default)s)"
+    study.add_argument("--budget", choices=("cpu", "gpu", "paper"), default="cpu", help=budget_help)
     _number(study, "--seeds", 1, "runs of each, from seed 0")
     _number(study, "--epochs", None, "epochs of each run (default: the recipe's)")
+    study.add_argument("--clock", choices=CLOCKS, default="frames", help="of the images' times (default: %(default)s)")
     study.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
     study.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
 
@@ -878,18 +888,25 @@ def _query_row(name: str | None, names: Sequence[str]) -> int:
 
 
 def _study(options: argparse.Namespace) -> None:
-    from .study import compare, markdown
+    from .studies import study
+    from .study import compare, markdown, run_study
 
-    table = compare(
-        options.models,
-        options.data,
-        options.out,
-        seeds=options.seeds,
-        epochs=options.epochs,
-        device=options.device,
-        say=partial(print, file=sys.stderr, flush=True),
-    )
-    print(f"{markdown(table)}\n\n{options.out / 'compare.json'}")
+    if (options.study == "compare") != bool(options.models):
+        raise _UsageError("--models are those of compare, which needs them")
+    shared = {
+        "seeds": options.seeds,
+        "epochs": options.epochs,
+        "device": options.device,
+        "say": partial(print, file=sys.stderr, flush=True),
+    }
+    if options.models:
+        if len(options.data) > 1:
+            raise _UsageError(f"--data of compare must be one folder, got {len(options.data)}")
+        table = compare(options.models, options.data[0], options.out, **shared)
+    else:
+        wanted = study(options.study, options.budget)
+        table = run_study(wanted, options.data, options.out, clock=options.clock, **shared)
+    print(f"{markdown(table)}\n\n{options.out / options.study}.json")
     if options.json:
         _write_json(options.json, table)
 

@@ -1,39 +1,111 @@
-"""Studies: many runs under the same conditions, and one table of what they came to."""
+"""Studies: many runs under the same conditions, and one table of what they came to.
+
+A folder of studies holds the clouds, every run (runs/NAME-SEED/, with a JSON for each way it was tested) and the
+tables. A run is of no study: whichever needs it next finds it. The same command goes on where it stopped, and several
+of them, on one machine or on many that share the folder, share the list of runs. What the studies are made of stands in
+studies.py.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import hashlib
+import io
 import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
-from .config import TrainConfig, dump_config, read_config, recipes
+from .cloud import PointCloud
+from .config import ModelConfig, TrainConfig, dump_config, read_config, recipes
 from .data import CloudDataset, ImageDataset, open_clouds, open_dataset, validate_protocol
-from .io import DATASET_FILE, atomic_write
+from .data.transforms import EvalTransform
+from .io import DATASET_FILE, atomic_write, hold_folder
 from .models import create_model, list_models, resolve_device
-from .retrieval import evaluate, extract, pair_scores
+from .retrieval import Features, evaluate, extract, pair_scores, rerank, tlift
+from .retrieval.tlift import Clock, clock_seconds
 from .train import train
 
 TIMED = 8  # items in a batch whose time is taken
-COLUMNS = {  # of the table: a heading, and a value of a row
+PAUSE = 5.0  # seconds between looks at runs that other processes are at
+Bodies = Literal["fitted", "mean", "true"]
+
+
+class Trial(NamedTuple):
+    """How a trained network is tested.
+
+    on: which of the data sets its queries and gallery are of. points: taken from each cloud; None for as many as it was
+    trained with. turn: degrees by which the queries' clouds are turned about the vertical through the body. rerank,
+    lift: what is done to the scores.
+    """
+
+    on: int = 0
+    points: int | None = None
+    turn: float = 0.0
+    rerank: bool = False
+    lift: bool = False
+
+
+class Row(NamedTuple):
+    """A row of a table: how a network is trained, and how it is tested.
+
+    recipe: a packaged name or a YAML file; None for the defaults. model: in place of the recipe's. kwargs: of it,
+    beside the recipe's where the model is the recipe's. words: dotted overrides. bodies: in its clouds, "fitted",
+    "mean" for an upright one, or "true", as a synthetic world tells. trained_on: which of the data sets. paper:
+    published Rank-1 and mAP, %, by name of the data set. x: its place on the axis of the plot.
+    """
+
+    name: str
+    recipe: str | None
+    model: str | None = None
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+    words: tuple[str, ...] = ()
+    bodies: Bodies = "fitted"
+    trained_on: int = 0
+    test: Trial = Trial()
+    paper: Mapping[str, tuple[float | None, float]] = MappingProxyType({})
+    x: float | None = None
+
+
+class Study(NamedTuple):
+    """name: of its files. title: of its table and plot. sized: whether the table says how large and fast networks are.
+    axis: what the rows' x are; None where they are names.
+    """
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    sized: bool = False
+    axis: str | None = None
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {  # of every table: a heading, and a value of a row
     "model": lambda row: row["recipe"],
     "input": lambda row: row["inputs"],
     "Rank-1, %": lambda row: _spread(row, "rank1"),
     "mAP, %": lambda row: _spread(row, "mAP"),
     "mINP, %": lambda row: _spread(row, "mINP"),
+}
+SIZES: dict[str, Callable[[dict[str, Any]], str]] = {
     "parameters, M": lambda row: f"{row['parameters'] / 1e6:.2f}",
     "GMACs": lambda row: f"{row['macs'] / 1e9:.3f}",
     "feature": lambda row: str(row["feature_size"]),
     "ms an item": lambda row: f"{row['ms']:.1f}",
+}
+PUBLISHED: dict[str, Callable[[dict[str, Any]], str]] = {
+    "paper, Rank-1 / mAP, %": lambda row: " / ".join("?" if x is None else f"{x:.1f}" for x in row["paper"] or ()),
 }
 
 
@@ -48,72 +120,125 @@ def compare(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train networks of clouds and methods of images on the same people, from the same seeds, and rank the same
-    queries by the same evaluator.
-
-    The folder `out` keeps the clouds (clouds/), every run (runs/RECIPE-SEED/, with result.json) and the table
-    (compare.json, compare.md); the same call goes on where it stopped, and leaves what is done as it is.
+    queries by the same evaluator: `run_study` of a list of models.
 
     Args:
         models: recipes, packaged or YAML files, each with its model and how it is trained; or names of models, which
             are trained by the defaults.
         data: the images, a data set in any usual layout with train, query and gallery; converted for networks of
             clouds by the embedded fitter.
-        seeds: runs of each, from 0.
-        epochs: of every run; None leaves them to the recipes, which then may differ.
-        say: told of each result as it comes.
+        out, seeds, epochs, device, say: as of `run_study`.
 
-    Returns: {"suite", "data", "protocol", "threads", "version", "rows": [{"recipe", "model", "inputs", "rank1", "mAP",
-        "mINP" and their "_std", "chance_mAP", "parameters" (without classifiers), "macs" (products of layers and
-        attention for one item; searches for neighbours and pair matchers not counted), "feature_size", "ms" (of the
-        network on a CPU, once for an item in a batch of 8), "runs": [...]}]},
-        shares in [0, 1]; what compare.json holds.
+    Returns: as `run_study`.
 
-    Raises: ValueError: no models, one that is unknown or named twice, data without one of the splits, or a run folder
-        of another config; as `train` and `convert_folder`.
+    Raises: ValueError: no models, or one that is unknown or named twice; as `run_study`.
     """
     if not models or len(set(models)) < len(models):
         raise ValueError(f"models must be different recipes, at least one, got {', '.join(models) or 'none'}")
+    rows = []
+    for name in models:
+        recipe = Path(name).is_file() or name in recipes()
+        if not recipe and name not in list_models():
+            known = f"the recipes {', '.join(recipes())}, or the models {', '.join(list_models())}"
+            raise ValueError(f"models must be YAML files, {known}, got {name!r}")
+        rows.append(Row(Path(name).stem, name if recipe else None, None if recipe else name))
+    study = Study("compare", "2D beside 3D", tuple(rows), sized=True)
+    return run_study(study, [data], out, seeds=seeds, epochs=epochs, device=device, say=say)
+
+
+def run_study(
+    study: Study,
+    data: Sequence[str | Path],
+    out: str | Path,
+    *,
+    seeds: int = 1,
+    epochs: int | None = None,
+    device: str = "auto",
+    clock: Clock = "frames",
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train and test every row of a study from every seed, and write NAME.json, NAME.csv, NAME.md and NAME.svg.
+
+    What was done is left as it is. Runs that another process is at are passed over, and waited for in the end.
+
+    Args:
+        study: what to run.
+        data: folders of images in any usual layout, with train, query and gallery; the first is the one that rows
+            without another are of. They are converted for networks of clouds.
+        out: folder of studies.
+        seeds: runs of each row, from 0.
+        epochs: of every run; None leaves them to the recipes, which then may differ.
+        clock: of the images' times, see `clock_seconds`.
+        say: told of each result as it comes.
+
+    Returns: {"suite", "title", "axis", "data", "protocol", "threads", "version", "rows": [{"recipe", the row's name,
+        "model", "inputs", "x", "paper", "rank1", "mAP", "mINP" and their "_std", "chance_mAP", "runs": [...]}]}, shares
+        in [0, 1]; what NAME.json holds. A study that is sized also has "parameters" (without classifiers), "macs"
+        (products of layers and attention for one item; searches for neighbours and pair matchers not counted),
+        "feature_size" and "ms" (of the network on a CPU, once for an item in a batch of 8) in its rows.
+
+    Raises: ValueError: seeds below 1, too few data sets, one without one of the splits, or a run folder of another
+        config; FileNotFoundError: true bodies of no synthetic world; as `train` and `convert_folder`.
+    """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
+    needed = 1 + max(max(row.trained_on, row.test.on) for row in study.rows)
+    if len(data) != needed:
+        raise ValueError(f"data must be {needed} folder{'s' if needed > 1 else ''} of images, got {len(data)}")
     out = Path(out)
-    configs = {name: [_config(name, seed, epochs, device, out) for seed in range(seeds)] for name in models}
-    images = open_dataset(data)
-    if not isinstance(images, ImageDataset):
-        raise ValueError(f"data must be a folder of images, which methods of images need too, got clouds: {data}")
-    for split in (images.train, images.query, images.gallery):
-        if not len(split):
-            raise ValueError(f"data must have the splits train, query and gallery, got no {split.name} in {data}")
-    datasets: dict[str, CloudDataset | ImageDataset] = {"image": images}
-    inputs = {name: str(_bare(runs[0]).inputs) for name, runs in configs.items()}
-    if "cloud" in inputs.values():
-        datasets["cloud"] = _clouds(data, out / "clouds")
-    for dataset in datasets.values():  # before hours of training
-        validate_protocol(dataset.query, dataset.gallery)
-    rows = []
-    for name, runs in configs.items():
-        dataset = datasets[inputs[name]]
-        found = [_result(replace(config, data=str(dataset.root)), dataset) for config in runs]
-        for run in found:
-            say(f"{name}, seed {run['seed']}: Rank-1 {run['rank1']:.1%}, mAP {run['mAP']:.1%}")
-        rows.append(_row(name, inputs[name], found, runs[0]))
+    configs = [[_config(row, seed, epochs, device, out) for seed in range(seeds)] for row in study.rows]
+    worlds = [_World(root, out, i) for i, root in enumerate(data)]
+    inputs = [str(_bare(runs[0]).inputs) for runs in configs]
+    for row, kind in zip(study.rows, inputs, strict=True):  # before hours of training
+        for i in (row.trained_on, row.test.on):
+            dataset = worlds[i].dataset(kind, row.bodies)
+            validate_protocol(dataset.query, dataset.gallery)
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    kept = _Kept()
+    while len(found) < len(study.rows) * seeds:
+        before = len(found)
+        for i, (row, kind) in enumerate(zip(study.rows, inputs, strict=True)):
+            learnt, tested = (worlds[which].dataset(kind, row.bodies) for which in (row.trained_on, row.test.on))
+            for seed in range(seeds):
+                if (i, seed) in found:
+                    continue
+                config = replace(configs[i][seed], data=str(learnt.root))
+                with contextlib.suppress(BlockingIOError):  # another process is at it: later
+                    result = found[i, seed] = _result(config, tested, row.test, clock, kept)
+                    say(f"{row.name}, seed {seed}: Rank-1 {result['rank1']:.1%}, mAP {result['mAP']:.1%}")
+        if len(found) == before:
+            time.sleep(PAUSE)
+    rows = [
+        _row(row, kind, [found[i, seed] for seed in range(seeds)], configs[i][0], worlds[row.test.on], study)
+        for i, (row, kind) in enumerate(zip(study.rows, inputs, strict=True))
+    ]
     table = {
-        "suite": "compare",
-        "data": Path(data).resolve().name,
+        "suite": study.name,
+        "title": study.title,
+        "axis": study.axis,
+        "data": ", ".join(world.name for world in worlds),
         "protocol": rows[0]["runs"][0]["protocol"],
         "threads": torch.get_num_threads(),
         "version": __version__,
         "rows": rows,
     }
-    for path, text in {"compare.json": json.dumps(table, indent=2), "compare.md": markdown(table)}.items():
-        with atomic_write(out / path) as file:
-            file.write(text.encode() + b"\n")
+    written = {"json": json.dumps(table, indent=2) + "\n", "csv": _csv(table), "md": markdown(table) + "\n"}
+    for kind, text in written.items():
+        with atomic_write(out / f"{study.name}.{kind}") as file:
+            file.write(text.encode())
+    plot(table, out / f"{study.name}.svg")
     return table
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The table of `compare` in Markdown."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join(cell(row) for cell in COLUMNS.values())} |" for row in table["rows"]]
+    """The table of a study in Markdown."""
+    columns = dict(COLUMNS)
+    if any(row["paper"] for row in table["rows"]):
+        columns |= PUBLISHED
+    if "parameters" in table["rows"][0]:
+        columns |= SIZES
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in table["rows"]]
     seeds = max(len(row["runs"]) for row in table["rows"])
     how = f"mean and deviation of {seeds} seeds" if seeds > 1 else "one seed"
     chance = statistics.mean(row["chance_mAP"] for row in table["rows"])
@@ -121,10 +246,46 @@ def markdown(table: dict[str, Any]) -> str:
     sizes = {(row["inputs"], run["num_query"], run["num_gallery"]) for row in table["rows"] for run in row["runs"]}
     if len({size[1:] for size in sizes}) > 1:
         said = [f"{kind}s: {query} queries, gallery of {gallery}" for kind, query, gallery in sorted(sizes)]
-        notes.append(f"Some crops gave no cloud: {'; '.join(said)}.")
-    threads = f"{table['threads']} thread{'s' if table['threads'] > 1 else ''}"
-    notes.append(f"Parameters without classifiers; ms of the network alone on a CPU, {threads}, batches of {TIMED}.")
+        notes.append(f"Not all rank as many: {'; '.join(said)}.")
+    if "parameters" in table["rows"][0]:
+        threads = f"{table['threads']} thread{'s' if table['threads'] > 1 else ''}"
+        notes.append(
+            f"Parameters without classifiers; ms of the network alone on a CPU, {threads}, batches of {TIMED}."
+        )
     return "\n".join([*lines, "", *notes])
+
+
+def plot(table: dict[str, Any], path: Path) -> None:
+    """The table's Rank-1 and mAP, with their deviations, as SVG: bars, or lines where its rows have places on an axis.
+
+    Raises: ImportError without matplotlib.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'reid3d[study]'") from error
+    rows, places = table["rows"], [row["x"] for row in table["rows"]]
+    lines = table["axis"] is not None
+    figure = Figure(figsize=(7, 3.6 if lines else 1.2 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for i, (key, name, colour) in enumerate((("rank1", "Rank-1", "#3b6fb6"), ("mAP", "mAP", "#e08a2e"))):
+        values, spread = ([100 * row[of] for row in rows] for of in (key, f"{key}_std"))
+        if lines:
+            axes.errorbar(places, values, spread, label=name, color=colour, marker="o", capsize=3)
+        else:
+            at = np.arange(len(rows)) + (i - 0.5) * 0.38
+            axes.barh(at, values, 0.36, xerr=spread, label=name, color=colour, capsize=2)
+    if lines:
+        axes.set(xlabel=table["axis"], ylabel="%", xticks=places, xticklabels=[f"{place:g}" for place in places])
+    else:
+        axes.set(xlabel="%", yticks=range(len(rows)), yticklabels=[row["recipe"] for row in rows])
+        axes.invert_yaxis()
+    axes.set_title(f"{table['title']} ({table['data']})")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    with rc_context({"svg.hashsalt": table["suite"]}), atomic_write(path) as file:  # the same bytes again
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def macs(model: nn.Module, *inputs: Tensor) -> int:
@@ -145,18 +306,109 @@ def _gated_pool_flops(
     return 2 * math.prod(idx) * weight[1] * (weight[0] + (2 * reduce[0] if reduce is not None else 0))
 
 
-def _config(name: str, seed: int, epochs: int | None, device: str, out: Path) -> TrainConfig:
-    """Of a recipe, or of a model by its defaults; the data come later."""
-    recipe: str | None = name
-    words = ["--train.seed", str(seed), "--train.device", device, "--data", "", "--out", ""]
-    if not Path(name).is_file() and name not in recipes():
-        if name not in list_models():
-            known = f"the recipes {', '.join(recipes())}, or the models {', '.join(list_models())}"
-            raise ValueError(f"models must be YAML files, {known}, got {name!r}")
-        recipe, words = None, [*words, "--model.name", name]
+@dataclass(frozen=True)
+class Turned(EvalTransform):
+    """EvalTransform of a cloud that is turned by `degrees` about the vertical through the middle of the body."""
+
+    degrees: float = 0.0
+
+    def __call__(self, cloud: PointCloud, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        body = cloud.xyz[cloud.vertex >= 0]
+        middle = (body if len(body) else cloud.xyz).mean(0, keepdims=True) * np.array([1, 0, 1], np.float32)
+        cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
+        turn = np.array([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]], np.float32)
+        return super().__call__(replace(cloud, xyz=(cloud.xyz - middle) @ turn + middle), rng)
+
+
+class _World:
+    """One of the data sets, as images and as clouds of whatever bodies."""
+
+    def __init__(self, root: str | Path, out: Path, number: int) -> None:
+        self.root, self.name = Path(root), Path(root).absolute().name
+        self._folder = out / ("clouds" if number == 0 else f"clouds{number + 1}")
+        self._opened: dict[str, CloudDataset | ImageDataset] = {}
+        images = open_dataset(root)
+        if not isinstance(images, ImageDataset):
+            raise ValueError(f"data must be a folder of images, which methods of images need too, got clouds: {root}")
+        for split in (images.train, images.query, images.gallery):
+            if not len(split):
+                raise ValueError(f"data must have the splits train, query and gallery, got no {split.name} in {root}")
+        self._opened["image"] = images
+
+    def dataset(self, inputs: str, bodies: Bodies) -> Any:
+        if inputs == "image":
+            return self._opened["image"]
+        if bodies not in self._opened:
+            folder = self._folder if bodies == "fitted" else self._folder.with_name(f"{self._folder.name}-{bodies}")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with hold_folder(folder.parent, "another study", name=f".{folder.name}", wait=True):
+                self._convert(folder, bodies)
+            self._opened[bodies] = open_clouds(folder)
+        return self._opened[bodies]
+
+    def _convert(self, folder: Path, bodies: Bodies) -> None:
+        from .preprocess.batch import convert_folder
+        from .preprocess.convert import Recipe
+        from .preprocess.synth import TrueBodies
+
+        if not (folder / DATASET_FILE).exists() or not _complete(folder):
+            fitter = {"fitted": "default", "mean": "mean"}.get(bodies) or TrueBodies(self.root)
+            convert_folder(self.root, folder, Recipe(fitter=fitter))
+
+
+def _complete(folder: Path) -> bool:
+    try:
+        open_clouds(folder)
+    except ValueError:
+        return False
+    return True
+
+
+class _Kept:
+    """The features of the last run, which may be tested in several ways."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._value: tuple[Any, Features, Features] | None = None
+
+    def __call__(self, run: Path, dataset: Any, test: Trial, device: str) -> tuple[Any, Features, Features]:
+        """The model, the queries and the gallery."""
+        key = run, dataset.root, test.points, test.turn
+        if self._value is None or key != self._key:
+            model: Any = create_model(weights=run / "model.safetensors")
+            splits = [dataset.query, dataset.gallery]
+            if test.turn:
+                points = test.points or model.points
+                splits = [
+                    split.with_transform(Turned(points, model.background, degrees))
+                    for split, degrees in zip(splits, (test.turn, 0.0), strict=True)
+                ]
+            points = None if test.turn else test.points
+            q, g = (extract(model, split, points=points, device=resolve_device(device)) for split in splits)
+            self._key, self._value = key, (model, q, g)
+        return self._value
+
+
+def _config(row: Row, seed: int, epochs: int | None, device: str, out: Path) -> TrainConfig:
+    """Of a row; the data come later."""
+    words = ["--train.seed", str(seed), "--train.device", device, "--data", "", "--out", "", *row.words]
     if epochs is not None:
         words += ["--train.epochs", str(epochs)]
-    return replace(read_config(recipe, words), out=str(out / "runs" / f"{Path(name).stem}-{seed}"))
+    config = read_config(row.recipe, words)
+    known = config.model.kwargs if row.model is None else {}
+    model = ModelConfig(row.model or config.model.name, {**known, **row.kwargs}, config.model.backbone)
+    config = replace(config, model=model)
+    name = Path(row.recipe or model.name).stem
+    changed = row.kwargs or row.words or row.bodies != "fitted" or row.trained_on or (row.recipe and row.model)
+    if changed:
+        name = f"{model.name}-{_digest(config, row)}"
+    return replace(config, out=str(out / "runs" / f"{name}-{seed}"))
+
+
+def _digest(config: TrainConfig, row: Row) -> str:
+    """Of all that has a part in the weights but the seed."""
+    about = replace(config, data="", out="", train=replace(config.train, seed=0, device="auto"))
+    return hashlib.sha256(f"{dump_config(about)} {row.bodies} {row.trained_on}".encode()).hexdigest()[:8]
 
 
 def _bare(config: TrainConfig) -> Any:
@@ -167,61 +419,97 @@ def _bare(config: TrainConfig) -> Any:
     return model
 
 
-def _clouds(data: str | Path, folder: Path) -> CloudDataset:
-    from .preprocess.batch import convert_folder
-
-    if not (folder / DATASET_FILE).exists():
-        convert_folder(data, folder)
-    return open_clouds(folder)
-
-
-def _result(config: TrainConfig, dataset: CloudDataset | ImageDataset) -> dict[str, Any]:
-    """Train, or go on, and rank; or what was written when that was done."""
+def _result(config: TrainConfig, dataset: Any, test: Trial, clock: Clock, kept: _Kept) -> dict[str, Any]:
+    """Train, or go on, and test; or what was written when that was done."""
     run = Path(config.out)
-    path = run / "result.json"
+    said = {key: value for key, value in test._asdict().items() if value != Trial._field_defaults[key]}
+    name = "-".join(["result", *(f"{key}_{value:g}" for key, value in sorted(said.items()))])
+    path = run / f"{name}.json"
     if path.exists() and (run / "config.yaml").read_text() == dump_config(config):
         return dict(json.loads(path.read_text()))
-    train(config)
-    model = create_model(weights=run / "model.safetensors")
-    device = resolve_device(config.train.device)
-    query, gallery = (extract(model, split, device=device) for split in (dataset.query, dataset.gallery))
-    result = evaluate(query, gallery, scores=pair_scores(model, query, gallery))
-    epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = {
-        "seed": config.train.seed,
-        "epochs": config.train.epochs,
-        "rank1": round(float(result.cmc[0]), 4),
-        "mAP": round(result.mAP, 4),
-        "mINP": round(result.mINP, 4),
-        "chance_mAP": round(result.chance.mAP, 4),
-        "num_query": result.num_query,
-        "num_gallery": result.num_gallery,
-        "protocol": f"{result.protocol}, AP {result.ap}",
-        "minutes": round(sum(epoch["seconds"] for epoch in epochs) / 60, 1),
-    }
-    with atomic_write(path) as file:
-        file.write(json.dumps(found, indent=2).encode() + b"\n")
+    run.mkdir(parents=True, exist_ok=True)
+    with hold_folder(run, "another study", name=".study"):
+        train(config)
+        model, query, gallery = kept(run, dataset, test, config.train.device)
+        scores = pair_scores(model, query, gallery)
+        if test.rerank or test.lift:
+            gallery = gallery.subset(np.flatnonzero(gallery.pids != -1))  # junk is nobody's neighbour
+            scores = _lifted(model, query, gallery, test, clock, dataset)
+        result = evaluate(query, gallery, scores=scores)
+        epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        found = {
+            "seed": config.train.seed,
+            "run": run.name,
+            "epochs": config.train.epochs,
+            "rank1": round(float(result.cmc[0]), 4),
+            "mAP": round(result.mAP, 4),
+            "mINP": round(result.mINP, 4),
+            "chance_mAP": round(result.chance.mAP, 4),
+            "num_query": result.num_query,
+            "num_gallery": result.num_gallery,
+            "protocol": f"{result.protocol}, AP {result.ap}",
+            "minutes": round(sum(epoch["seconds"] for epoch in epochs) / 60, 1),
+        }
+        with atomic_write(path) as file:
+            file.write(json.dumps(found, indent=2).encode() + b"\n")
     return found
 
 
-def _row(name: str, inputs: str, runs: list[dict[str, Any]], config: TrainConfig) -> dict[str, Any]:
-    model, points = _bare(config), config.cloud.points
-    batch: tuple[Tensor, ...] = torch.rand(TIMED, points, 3), torch.rand(TIMED, points, 3) - 0.5
-    if inputs == "image":
-        batch = (torch.rand(TIMED, 3, *model.size),)
-    one = tuple(part[:1] for part in batch)
-    row: dict[str, Any] = {"recipe": Path(name).stem, "model": config.model.name, "inputs": inputs}
+def _lifted(model: Any, q: Features, g: Features, test: Trial, clock: Clock, dataset: Any) -> np.ndarray:
+    """Scores after re-ranking, times, or both."""
+    matcher = hasattr(model, "distances")
+    scores: np.ndarray | None
+    if test.rerank:
+        pairs = (q, q), (q, g), (g, g)
+        distances: Any = tuple(model.distances(*pair) for pair in pairs) if matcher else None
+        scores = rerank(q, g, distances=distances)
+    else:
+        scores = 1 - model.distances(q, g) if matcher else None
+    if test.lift:
+        parts = (q, g, dataset.train) if clock.startswith("market") else (q, g)
+        scores = tlift(q, g, scores, seconds=clock_seconds(clock, *parts)[:2])
+    assert scores is not None
+    return scores
+
+
+def _row(
+    row: Row, inputs: str, runs: list[dict[str, Any]], config: TrainConfig, tested: _World, study: Study
+) -> dict[str, Any]:
+    published = next((list(value) for name, value in row.paper.items() if name in tested.name.lower()), None)
+    made: dict[str, Any] = {"recipe": row.name, "model": config.model.name, "inputs": inputs}
+    made |= {"x": row.x, "paper": published}
     for key in ("rank1", "mAP", "mINP"):
         values = [run[key] for run in runs]
-        row[key] = round(statistics.mean(values), 4)
-        row[f"{key}_std"] = round(statistics.stdev(values), 4) if len(values) > 1 else 0.0
-    row["chance_mAP"] = runs[0]["chance_mAP"]
-    row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    row["macs"] = macs(model, *one)
+        made[key] = round(statistics.mean(values), 4)
+        made[f"{key}_std"] = round(statistics.stdev(values), 4) if len(values) > 1 else 0.0
+    made["chance_mAP"] = runs[0]["chance_mAP"]
+    return {**made, **(_sizes(config) if study.sized else {}), "runs": runs}
+
+
+def _sizes(config: TrainConfig) -> dict[str, Any]:
+    model, points = _bare(config), config.cloud.points
+    batch: tuple[Tensor, ...] = torch.rand(TIMED, points, 3), torch.rand(TIMED, points, 3) - 0.5
+    if model.inputs == "image":
+        batch = (torch.rand(TIMED, 3, *model.size),)
+    one = tuple(part[:1] for part in batch)
+    found: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    found["macs"] = macs(model, *one)
     with torch.inference_mode():
-        row["feature_size"] = model(*one).shape[1]
-        row["ms"] = round(statistics.median(_seconds(model, batch) for _ in range(5)) / TIMED * 1000, 2)
-    return {**row, "runs": runs}
+        found["feature_size"] = model(*one).shape[1]
+        found["ms"] = round(statistics.median(_seconds(model, batch) for _ in range(5)) / TIMED * 1000, 2)
+    return found
+
+
+def _csv(table: dict[str, Any]) -> str:
+    """A line for each run."""
+    lines = io.StringIO(newline="")
+    keys = [key for key in table["rows"][0]["runs"][0] if key != "protocol"]
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(["recipe", "model", "inputs", "x", *keys])
+    for row in table["rows"]:
+        for run in row["runs"]:
+            writer.writerow([row["recipe"], row["model"], row["inputs"], row["x"], *(run[key] for key in keys)])
+    return lines.getvalue()
 
 
 def _seconds(model: nn.Module, batch: tuple[Tensor, ...]) -> float:

@@ -1,18 +1,25 @@
-"""Studies: a table of 2D and 3D under the same conditions, that goes on where it stopped; products by hand."""
+"""Studies: tables of runs under the same conditions, that go on where they stopped; products by hand."""
 
+import csv
 import json
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from reid3d import models, ops, study, synth
-from reid3d.cli import main
+from reid3d import models, ops, studies, study, synth
+from reid3d.cli import STUDIES, main
+from reid3d.cloud import PointCloud
 from reid3d.config import read_config
-from reid3d.data import open_dataset
+from reid3d.data import open_clouds, open_dataset
+from reid3d.data.transforms import EvalTransform
+from reid3d.io import hold_folder
 from reid3d.models import create_model
-from reid3d.retrieval import evaluate, extract, pair_scores
-from reid3d.study import compare, macs, markdown
+from reid3d.preprocess.synth import TrueBodies
+from reid3d.retrieval import evaluate, extract, pair_scores, rerank, tlift
+from reid3d.study import Row, Study, Trial, Turned, compare, macs, markdown, run_study
 from tests.test_train import one_thread  # noqa: F401 (a fixture)
 from tests.test_train_images import Tiny
 
@@ -100,10 +107,10 @@ def test_a_run_of_another_config_is_not_taken_for_this_one(world, both, tmp_path
 
 
 def test_names_of_models_are_trained_by_the_defaults(tmp_path):
-    config = study._config("dgcnn", 3, 5, "cpu", tmp_path)
+    config = study._config(Row("dgcnn", None, "dgcnn"), 3, 5, "cpu", tmp_path)
     words = ["--data", "", "--out", str(tmp_path / "runs" / "dgcnn-3"), "--model.name", "dgcnn"]
     assert config == read_config(None, [*words, "--train.seed", "3", "--train.epochs", "5", "--train.device", "cpu"])
-    assert study._config("synth", 0, None, "cpu", tmp_path).train.epochs == 6  # a recipe's own
+    assert study._config(Row("synth", "synth"), 0, None, "cpu", tmp_path).train.epochs == 6  # a recipe's own
 
 
 def test_products_by_hand():
@@ -159,3 +166,190 @@ def test_what_cannot_be_compared(world, both, tmp_path):
     compare(both[:1], world, tmp_path / "out")
     with pytest.raises(ValueError, match="data must be a folder of images, .*, got clouds"):
         compare(both, tmp_path / "out" / "clouds", tmp_path / "again")
+
+
+# The papers' tables.
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The budget "cpu", of a size for eight people."""
+    words = ("--cloud.background", "true", "--cloud.points", "128", "--train.batch", "8", "--train.epochs", "1")
+    size = studies.CPU._replace(words=words, points=128, net={"k": 2, "init_points": 32, "dropout": 0.3})
+    monkeypatch.setitem(studies.BUDGETS, "cpu", size)
+    return size
+
+
+def counting(monkeypatch):
+    trained, real = [], study.train
+    monkeypatch.setattr(study, "train", lambda config: (trained.append(config.out), real(config))[1])
+    return trained
+
+
+@pytest.mark.parametrize("budget", ["cpu", "gpu", "paper"])
+def test_every_study_can_be_built(budget, tmp_path):
+    assert tuple(studies.STUDIES) == STUDIES  # what the command line offers, without importing torch
+    for name in STUDIES:
+        made = studies.study(name, budget)
+        assert made.name == name and len({row.name for row in made.rows}) == len(made.rows) > 1
+        assert all((row.x is None) == (made.axis is None) for row in made.rows)
+        for row in made.rows:
+            config = study._config(row, 0, None, "cpu", tmp_path)
+            with torch.device("meta"):
+                model = create_model(config.model.name, **config.model.kwargs)
+            assert model.inputs in ("cloud", "image") and config.cloud.points >= getattr(model, "min_points", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "message"),
+    [
+        ("nothing", "cpu", "study must be one of inputs, .*, got 'nothing'"),
+        ("k", "tpu", "budget must be one of cpu, gpu, paper, got 'tpu'"),
+    ],
+)
+def test_what_is_no_study(name, budget, message):
+    with pytest.raises(ValueError, match=message):
+        studies.study(name, budget)
+
+
+def test_a_study_of_inputs_from_the_command_line(world, toy, tmp_path, monkeypatch, capsys):
+    trained, out = counting(monkeypatch), tmp_path / "out"
+    market = world.parent / "Market-1501"  # whose figures stand in the paper
+    if not market.exists():
+        market.symlink_to(world)
+    command = ["study", "inputs", "--data", str(market), "--out", str(out), "--device", "cpu"]
+    assert main([*command, "--json", str(tmp_path / "table.json")]) == 0
+    printed = capsys.readouterr().out
+    assert len(trained) == 3
+    table = json.loads((out / "inputs.json").read_text())
+    assert table == json.loads((tmp_path / "table.json").read_text())
+    visible, flat, both = table["rows"]
+    assert visible["paper"] == [77.64, 54.52] and "| 77.6 / 54.5 |" in (out / "inputs.md").read_text()
+    assert markdown(table) in printed
+    lines = list(csv.DictReader((out / "inputs.csv").open()))
+    assert [line["recipe"] for line in lines] == [row["recipe"] for row in table["rows"]]
+    assert [float(line["mAP"]) for line in lines] == [row["mAP"] for row in table["rows"]]
+    assert ElementTree.parse(out / "inputs.svg").getroot().tag.endswith("svg")
+    configs = [read_config(str(out / "runs" / row["runs"][0]["run"] / "config.yaml")) for row in table["rows"]]
+    assert [config.cloud.background for config in configs] == [False, True, True]
+    assert [config.model.kwargs.get("flat", False) for config in configs] == [False, True, False]
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert main(command) == 0 and len(trained) == 3  # all was done
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    density = ["study", "density", "--data", str(world), "--out", str(out), "--device", "cpu"]
+    assert main(density) == 0 and len(set(trained)) == 3  # the third run of inputs serves here too
+
+
+def test_one_run_is_tested_in_many_ways(world, both, tmp_path, monkeypatch):
+    """After re-ranking and times, turned, with fewer points: each as computed here from its features."""
+    trained = counting(monkeypatch)
+    tests = [
+        Trial(),
+        Trial(rerank=True),
+        Trial(lift=True),
+        Trial(rerank=True, lift=True),
+        Trial(turn=90.0),
+        Trial(points=32),
+    ]
+    rows = [Row(f"{i}", both[0], test=test) for i, test in enumerate(tests)]
+    table = run_study(Study("ways", "Ways", tuple(rows)), [world], tmp_path / "out")
+    assert len(trained) == len(tests) and len(set(trained)) == 1  # asked each time, and done once
+    run, clouds = tmp_path / "out" / "runs" / "points-0", open_clouds(tmp_path / "out" / "clouds")
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+    model = create_model(weights=run / "model.safetensors")
+    q, g = (extract(model, split, progress=False) for split in (clouds.query, clouds.gallery))
+    turned = (
+        clouds.query.with_transform(Turned(64, False, 90.0)),
+        clouds.gallery.with_transform(EvalTransform(64, False)),
+    )
+    turned = [extract(model, split, progress=False) for split in turned]
+    few = [extract(model, split, points=32, progress=False) for split in (clouds.query, clouds.gallery)]
+    mine = g.subset(np.flatnonzero(g.pids != -1))
+    again = rerank(q, mine)
+    expected = [
+        evaluate(q, g),
+        evaluate(q, mine, scores=again),
+        evaluate(q, mine, scores=tlift(q, mine)),
+        evaluate(q, mine, scores=tlift(q, mine, again)),
+        evaluate(*turned),
+        evaluate(*few),
+    ]
+    assert [row["mAP"] for row in table["rows"]] == [round(result.mAP, 4) for result in expected]
+    assert len({row["mAP"] for row in table["rows"]}) > 3  # they do differ
+
+
+def test_transfer_tests_a_run_on_the_other_world(world, both, tmp_path, monkeypatch):
+    trained = counting(monkeypatch)
+    other = synth(tmp_path / "other", preset="easy", world="B", ids=8, cams=2, tracklets=1, images=2, workers=1)
+    rows = [Row(f"{a} to {b}", both[0], trained_on=a, test=Trial(on=b)) for a in (0, 1) for b in (0, 1)]
+    table = run_study(Study("transfer", "T", tuple(rows)), [world, other], tmp_path / "out")
+    assert len(set(trained)) == 2
+    names = [row["runs"][0]["run"] for row in table["rows"]]
+    assert names[0] == names[1] == "points-0" and names[2] == names[3] != names[0]
+    model = create_model(weights=tmp_path / "out" / "runs" / names[0] / "model.safetensors")
+    clouds = open_clouds(tmp_path / "out" / "clouds2")
+    result = evaluate(*(extract(model, split, progress=False) for split in (clouds.query, clouds.gallery)))
+    assert table["rows"][1]["mAP"] == round(result.mAP, 4)
+    with pytest.raises(ValueError, match="data must be 2 folders of images, got 1"):
+        run_study(Study("transfer", "T", tuple(rows)), [world], tmp_path / "out")
+
+
+def test_runs_of_other_processes_are_passed_over_and_waited_for(world, both, tmp_path, monkeypatch):
+    rows = [Row("first", both[0]), Row("second", both[0], words=("--train.lr", "1e-3"))]
+    busy, said, slept = tmp_path / "out" / "runs" / "points-0", [], []
+    busy.mkdir(parents=True)
+    held = hold_folder(busy, "a test", name=".study")
+    held.__enter__()
+
+    def wait(seconds):
+        slept.append(list(said))
+        held.__exit__(None, None, None)
+
+    monkeypatch.setattr(study.time, "sleep", wait)
+    run_study(Study("shared", "S", tuple(rows)), [world], tmp_path / "out", say=said.append)
+    assert [line.partition(",")[0] for line in said] == ["second", "first"]
+    assert len(slept) == 1 and len(slept[0]) == 1  # only when nothing else was left
+
+
+def test_bodies_of_a_study(world, toy, tmp_path):
+    table = run_study(studies.study("fit", "cpu"), [world], tmp_path / "out")
+    assert [row["recipe"] for row in table["rows"]] == ["true bodies", "fitted bodies", "an upright body"]
+    folders = [tmp_path / "out" / name for name in ("clouds-true", "clouds", "clouds-mean")]
+    true, fitted, mean = (open_clouds(folder).query.cloud(0) for folder in folders)
+    assert not np.array_equal(true.xyz, fitted.xyz) and not np.array_equal(mean.xyz, fitted.xyz)
+    with np.load(world / "gt.npz") as truth:
+        name = truth["names"].tolist()[3]
+        fit = TrueBodies(world)([np.zeros((128, 64, 3), np.uint8)], [name])
+        assert np.array_equal(fit.cam.numpy()[0], truth["cam"][3])
+    with pytest.raises(FileNotFoundError, match="world must be a synthetic one, with its truth, got no"):
+        TrueBodies(tmp_path)
+
+
+def test_turned_by_hand():
+    xyz = np.array([[1, 5, 2], [3, 5, 2], [2, 6, 4]], np.float32)  # body: its middle is x = 2, z = 2
+    cloud = PointCloud(xyz, np.arange(9, dtype=np.uint8).reshape(3, 3), np.array([0, 1, -1], np.int32))
+    rng = np.random.default_rng(0)
+
+    def placed(degrees):
+        return Turned(3, True, degrees)(cloud, rng)[0].numpy()
+
+    still = EvalTransform(3, True)(cloud, rng)
+    assert np.array_equal(placed(0.0), still[0].numpy())
+    quarter = np.array([[2, 5, 3], [2, 5, 1], [4, 6, 2]], np.float32)  # z to x, x to -z
+    assert np.abs(placed(90.0) - (quarter - quarter.mean(0))).max() < 1e-6
+    assert np.abs(placed(360.0) - still[0].numpy()).max() < 1e-6
+    bare = PointCloud(xyz, cloud.rgb, np.full(3, -1, np.int32))  # nobody: about the middle of all
+    assert np.isfinite(Turned(3, True, 45.0)(bare, rng)[0].numpy()).all()
+
+
+def test_plots_of_bars_and_of_lines(tmp_path):
+    rows = [
+        {"recipe": f"<{i}>", "x": float(i), **dict.fromkeys(("rank1", "mAP", "rank1_std", "mAP_std"), 0.5)}
+        for i in (1, 2)
+    ]
+    for axis in (None, "k & more"):
+        table = {"suite": "s", "title": "A < B", "data": "d", "axis": axis, "rows": rows}
+        for name in ("one.svg", "two.svg"):
+            study.plot(table, tmp_path / name)
+        assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+        ElementTree.parse(tmp_path / "one.svg")
