@@ -195,6 +195,22 @@ def test_published_figures_of_the_pair_matcher():
     assert reuse["reused_s"] <= 0.7 * reuse["as_others_s"]
 
 
+def test_published_figures_of_2d_methods():
+    """docs/baselines.md: each finds people five times as well as a random order at least."""
+    data = json.loads((RESULTS / "baselines-cpu.json").read_text())
+    rows = {row["recipe"]: row for row in data["rows"]}
+    assert set(rows) == {"synth", "synth_plr_osnet", "synth_relation_s", "synth_rmgl", "synth_qaconv50"}
+    text = (RESULTS.parents[1] / "docs" / "baselines.md").read_text()
+    for recipe, row in rows.items():
+        (run,) = row["runs"]
+        assert row["mAP"] > 5 * row["chance_mAP"] and run["seed"] == 0 and run["num_query"] == 1800
+        line = next(line for line in text.splitlines() if line.startswith(f"| `{recipe}`"))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[2:4] == [str(run["epochs"]), f"{run['minutes']:.0f}"]
+        assert cells[4:6] == [f"{100 * row['rank1']:.1f}", f"{100 * row['mAP']:.1f}"]
+        assert cells[6:] == [f"{row['mAP'] / row['chance_mAP']:.0f}", f"{row['ms']:.1f}"]
+
+
 def test_published_figures_of_times():
     data = json.loads((RESULTS / "temporal-cpu.json").read_text())
     check_origin(data)
