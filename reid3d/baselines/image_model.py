@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -23,8 +24,16 @@ class Heads(NamedTuple):
     logits: tuple[Tensor, ...]
 
 
+class Part(NamedTuple):
+    """A part of a descriptor. map: which of the last maps it is of; feats: (B, d), its numbers but for their length."""
+
+    map: int
+    feats: Tensor
+
+
 class ImageModel(nn.Module):
-    """A method of crops. A subclass says in ``describe`` what it makes of them.
+    """A method of crops. A subclass says in ``last_maps`` and ``from_maps`` what it makes of them, and in ``parts``
+    what its descriptor is made of.
 
     Where it has its own losses it has ``loss``, of what it returns in training mode and labels (B,) int64 in [0,
     num_classes): the terms whose sum is minimised, weighted, by name. Otherwise it returns `models.Output`, and learns
@@ -57,6 +66,10 @@ class ImageModel(nn.Module):
         Raises:
             TypeError: not floating point. ValueError: another shape, or a size that the method cannot divide.
         """
+        return self.describe(self.prepare(images))
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """The crops as ``describe`` takes them. Arguments and errors as of ``forward``."""
         if not images.is_floating_point():
             raise TypeError(f"images must be of floating point, in [0, 1], got {images.dtype}")
         if images.dim() != 4 or images.shape[1] != 3:
@@ -64,10 +77,24 @@ class ImageModel(nn.Module):
         if self.normalised:
             mean, std = (torch.tensor(values).to(images).view(3, 1, 1) for values in IMAGENET)
             images = (images - mean) / std
-        return self.describe(images)
+        return images
 
     def describe(self, images: Tensor) -> Tensor | Heads | Output:
         """As ``forward``, of normalised crops."""
+        return self.from_maps(self.last_maps(images))
+
+    def last_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The last maps (B, C, h, w) of normalised crops, one or more, behind which no position sees another."""
+        raise NotImplementedError
+
+    def from_maps(self, maps: Sequence[Tensor]) -> Tensor | Heads | Output:
+        """As ``forward``, of the last maps."""
+        raise NotImplementedError
+
+    def parts(self, maps: Sequence[Tensor]) -> dict[str, Part]:
+        """The parts of the descriptor in eval mode, by name, in their order: where it brings them to some length, as
+        they are before.
+        """
         raise NotImplementedError
 
     def check_classes(self, labels: Tensor, num_classes: int) -> None:

@@ -7,7 +7,7 @@ published code, AI-NERC-NUPT/PLR-OSNet, ``plr_osnet.py``, ``attention_module.py`
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..losses import triplet_loss
-from .image_model import Form, Heads, ImageModel
+from .image_model import Form, Heads, ImageModel, Part
 from .osnet import WIDTHS, Gate, OSNet
 
 STRIPS = 4
@@ -128,19 +128,18 @@ class PLROSNet(ImageModel):
                 else:
                     self.register_buffer(f"centres{i}", centres)
 
-    def describe(self, images: Tensor) -> Tensor | Heads:
+    def last_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         for name, size, divisor in zip(("height", "width"), images.shape[2:], (16 * STRIPS, 16), strict=True):
             if size == 0 or size % divisor:
                 raise ValueError(f"{name} must be a multiple of {divisor}, got {size}")
         x = self.attention_module1(self.layer1(self.layer0(images)))
         x = self.attention_module2(self.layer2(x))
-        strips = self.layer40(self.layer30(x)).unflatten(2, (STRIPS, -1)).mean((3, 4))  # (B, 512, 4)
-        local = strips.transpose(1, 2).flatten(1)
-        found = [local]
-        if self.whole:
-            whole = self.layer41(self.layer31(x)).amax((2, 3))
-            found.append(whole if self.fc2 is None else self.fc2(whole))
-        normed = [self.get_submodule(f"bn{i}")(feats) for i, feats in enumerate(found, 1)]
+        local = self.layer40(self.layer30(x))
+        return (local, self.layer41(self.layer31(x))) if self.whole else (local,)
+
+    def from_maps(self, maps: Sequence[Tensor]) -> Tensor | Heads:
+        found = self._pooled(maps)
+        normed = self._normed(found)
         if not self.training:
             return torch.cat([F.normalize(feats) for feats in normed], dim=1)
         logits: list[Tensor] = []
@@ -149,6 +148,23 @@ class PLROSNet(ImageModel):
             parts = zip(of, feats.chunk(STRIPS, 1), strict=True) if isinstance(of, nn.ModuleList) else ((of, feats),)
             logits += [classifier(part) for classifier, part in parts]
         return Heads(tuple(found), tuple(logits))
+
+    def _pooled(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The vectors of the branches, the local one first."""
+        strips = maps[0].unflatten(2, (STRIPS, -1)).mean((3, 4))  # (B, 512, 4)
+        found = [strips.transpose(1, 2).flatten(1)]
+        if self.whole:
+            whole = maps[1].amax((2, 3))
+            found.append(whole if self.fc2 is None else self.fc2(whole))
+        return found
+
+    def _normed(self, found: Sequence[Tensor]) -> list[Tensor]:
+        return [self.get_submodule(f"bn{i}")(feats) for i, feats in enumerate(found, 1)]
+
+    def parts(self, maps: Sequence[Tensor]) -> dict[str, Part]:
+        local, *rest = self._normed(self._pooled(maps))
+        named = {f"strip {i}/{STRIPS}": Part(0, feats) for i, feats in enumerate(local.chunk(STRIPS, 1), 1)}
+        return named | ({"global": Part(1, rest[0])} if rest else {})
 
     def loss(self, output: Heads, labels: Tensor) -> dict[str, Tensor]:
         """The terms whose sum is minimised, weighted, means over the branches.

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..losses import triplet_loss
-from .image_model import Form, Heads, ImageModel
+from .image_model import Form, Heads, ImageModel, Part
 from .resnet import ResNet
 
 MARGIN = 1.2
@@ -115,19 +115,22 @@ class RelationNet(ImageModel):
                         linears = (_classifier(dim, num_classes) for _ in range(count))
                         self.add_module(classifier.format(n), nn.ModuleList(linears))
 
-    def describe(self, images: Tensor) -> Tensor | Heads:
+    def last_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         multiple = STRIDE * math.lcm(*self.strips)
         if images.shape[2] % multiple or not images.shape[2]:
             raise ValueError(f"height must be a multiple of {multiple}, got {images.shape[2]}")
         if self.training and len(images) < 2:
             raise ValueError(f"images must be at least 2 in training mode, for BatchNorm, got {len(images)}")
-        maps = self.base(images)
-        rows, columns = maps.shape[2:]
-        most = F.max_pool2d(maps, (rows, columns))
+        return (self.base(images),)
+
+    def from_maps(self, maps: Sequence[Tensor]) -> Tensor | Heads:
+        (last,) = maps
+        rows, columns = last.shape[2:]
+        most = F.max_pool2d(last, (rows, columns))
         local: list[tuple[Tensor, list[Tensor]]] = []
         whole: list[tuple[Tensor, list[Tensor]]] = []
         for n in self.strips:
-            parts = F.max_pool2d(maps, (rows // n, columns))  # (B, C, n, 1)
+            parts = F.max_pool2d(last, (rows // n, columns))  # (B, C, n, 1)
             total = parts.sum(2, keepdim=True)
             contrast = total / n - most if self.contrast == "paper" else (total - most) / (n - 1)
             local += self._relations(LOCAL, n, parts, (total - parts) / (n - 1))
@@ -137,6 +140,11 @@ class RelationNet(ImageModel):
             return torch.cat(feats, 1)
         logits = tuple(one for _, of_relation in local + whole for one in of_relation)
         return Heads((torch.cat(feats, 1),) if self.triplet == "paper" else feats, logits)
+
+    def parts(self, maps: Sequence[Tensor]) -> dict[str, Part]:
+        names = [f"strip {i + 1}/{n}" for n in self.strips for i in range(n)] + [f"global/{n}" for n in self.strips]
+        feats = cast("Tensor", self.from_maps(maps)).chunk(len(names), 1)
+        return {name: Part(0, q) for name, q in zip(names, feats, strict=True)}
 
     def _relations(
         self, names: tuple[tuple[str, ...], tuple[str, ...]], n: int, own: Tensor, rest: Tensor

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..losses import triplet_loss
-from .image_model import Heads, ImageModel
+from .image_model import Heads, ImageModel, Part
 from .resnet import BLOCKS, Bottleneck
 
 MARGIN = 0.6
@@ -180,29 +180,47 @@ class RMGL(ImageModel):
             return 1
         return 1 + parts + (self.receptive_global + parts if self.receptive else 0)
 
-    def describe(self, images: Tensor) -> Tensor | Heads:
+    def last_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Of each branch that of its original path, and that of its receptive path, if it has one."""
         multiple = STRIDE * math.lcm(*self.partitions)
         if images.shape[2] % multiple or not images.shape[2]:
             raise ValueError(f"height must be a multiple of {multiple}, got {images.shape[2]}")
         shared = self.stem(images)
-        balanced = self.abp == "both" or (self.abp == "test" and not self.training)
-        reductions = iter(self.reductions)
-        feats: list[list[Tensor]] = []
+        maps = []
         for parts, branch in zip(self.partitions, self.branches, strict=True):
-            maps = branch(shared)
-            pooled = [maps.amax((2, 3))]
-            if parts > 1:
-                pooled += self._strips(maps, parts, balanced)
+            maps.append(branch(shared))
             if parts > 1 and self.receptive:
-                maps = torch.cat(branch(torch.cat(shared.chunk(parts, 2))).chunk(parts), 2)
-                pooled += [maps.amax((2, 3))] if self.receptive_global else []
-                pooled += self._strips(maps, parts, balanced and self.abp_receptive)
-            feats.append([next(reductions)(x) for x in pooled])
-        every = [feat for of_branch in feats for feat in of_branch]
+                maps.append(torch.cat(branch(torch.cat(shared.chunk(parts, 2))).chunk(parts), 2))
+        return tuple(maps)
+
+    def from_maps(self, maps: Sequence[Tensor]) -> Tensor | Heads:
+        branches = [list(of_branch.values()) for of_branch in self._features_of(maps)]
+        every = [part.feats for of_branch in branches for part in of_branch]
         if not self.training:
             return torch.cat(every, 1)
         logits = tuple(head(feat) for head, feat in zip(self.heads, every, strict=False))  # no heads without classes
-        return Heads(tuple(torch.cat(of_branch, 1) for of_branch in feats), logits)
+        return Heads(tuple(torch.cat([part.feats for part in of_branch], 1) for of_branch in branches), logits)
+
+    def parts(self, maps: Sequence[Tensor]) -> dict[str, Part]:
+        return {name: part for of_branch in self._features_of(maps) for name, part in of_branch.items()}
+
+    def _features_of(self, maps: Sequence[Tensor]) -> list[dict[str, Part]]:
+        """Of each branch its features by name."""
+        balanced = self.abp == "both" or (self.abp == "test" and not self.training)
+        reductions, numbered = iter(self.reductions), iter(enumerate(maps))
+        found = []
+        for branch, parts in enumerate(self.partitions, 1):
+            of = f"{parts}" if self.partitions.count(parts) == 1 else f"{parts} of branch {branch}"
+            features: dict[str, Part] = {}
+            for path in ("", "receptive ") if parts > 1 and self.receptive else ("",):
+                i, last = next(numbered)
+                pooled = {f"{path}global/{of}": last.amax((2, 3))} if not path or self.receptive_global else {}
+                if parts > 1:
+                    strips = self._strips(last, parts, balanced and (not path or self.abp_receptive))
+                    pooled |= {f"{path}strip {k}/{of}": strip for k, strip in enumerate(strips, 1)}
+                features |= {name: Part(i, next(reductions)(x)) for name, x in pooled.items()}
+            found.append(features)
+        return found
 
     def _strips(self, maps: Tensor, parts: int, balanced: bool) -> tuple[Tensor, ...]:
         """(B, C) of each strip, from the top."""

@@ -6,12 +6,13 @@ ResNet-50 has the head of layumi/Person_reID_baseline_pytorch. OSNet stands for 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..baselines.image_model import ImageModel
+from ..baselines.image_model import ImageModel, Part
 from ..baselines.osnet import OSNet
 from ..baselines.resnet import ResNet
 from .head import Head, Output
@@ -42,9 +43,15 @@ class PlainNet(ImageModel):
         channels: Any = self.base.channels
         self.head = Head(channels, dim, num_classes, dropout, bias=True)
 
-    def describe(self, images: Tensor) -> Tensor | Output:
-        found: Tensor | Output = self.head(self.base(images).mean((2, 3)))
+    def last_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (self.base(images),)
+
+    def from_maps(self, maps: Sequence[Tensor]) -> Tensor | Output:
+        found: Tensor | Output = self.head(maps[0].mean((2, 3)))
         return found
+
+    def parts(self, maps: Sequence[Tensor]) -> dict[str, Part]:
+        return {"whole": Part(0, self.head(maps[0].mean((2, 3))))}
 
     def of_backbone(self, key: str) -> tuple[str, ...]:
         return (f"base.{key}",)
