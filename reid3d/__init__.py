@@ -27,6 +27,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from . import explain as explain
     from . import ops as ops
     from .cloud import PointCloud as PointCloud
     from .data import open_dataset as open_dataset
@@ -44,11 +45,11 @@ if TYPE_CHECKING:
     from .retrieval import tlift as tlift
     from .viewer import view as view
 
-__all__ = [*_HOMES, "ops"]  # noqa: PLE0604
+__all__ = [*_HOMES, "explain", "ops"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ops", "retrieval"):
+    if name in ("explain", "ops", "retrieval"):
         return import_module(f"reid3d.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'reid3d' has no attribute {name!r}")

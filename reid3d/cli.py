@@ -23,6 +23,8 @@ from . import __version__
 
 JSON_HELP = "write the figures as JSON too"
 CALIBRATION = "calibration.json"  # beside the weights
+CLOUD_FILES = (".ply", ".obj", ".glb")
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 RATES = (0.01, 0.001)  # of false matches
 STUDIES = (
     *("inputs", "models", "transfer", "components", "shortcut", "k", "density", "views", "fit", "postproc"),
@@ -212,21 +214,29 @@ def _parser() -> _Parser:
     to_help = "NAME.npy (with NAME.csv), NAME.parquet, or NAME.faiss, an index of the features"
     export.add_argument("out", metavar="OUT", type=Path, help=to_help)
 
-    view = command("view", "write an HTML page with ranked matches as clouds that the mouse turns, and curves")
-    view.add_argument(
-        "what", metavar="RUN", type=Path, help="folder of a run, or of the features that reid3d eval wrote"
-    )
-    out_help = "a page, or a folder for a page of thousands of queries (default: %(default)s)"
+    view = command("view", "write a page of ranked matches as clouds that the mouse turns, and curves; or a picture")
+    view.add_argument("what", metavar="RUN", type=Path, help="folder of a run, or of features, or clouds (see below)")
+    out_help = "a page, a folder for a page of thousands of queries, or a picture (default: %(default)s)"
     view.add_argument("--out", metavar="FILE|DIR", type=Path, default=Path("ranks.html"), help=out_help)
     view.add_argument("--data", metavar="DIR", type=Path, help="default: the folder the features were made from")
     _number(view, "--queries", 12, "queries to show")
     window = view.add_argument_group("Open3D, in place of a page")
     window.add_argument("--open3d", action="store_true", help="a window with a query and its matches, and keys")
     window.add_argument("--png", metavar="FILE", type=Path, help="the same as a picture, without a display")
-    window.add_argument(
-        "--query", metavar="NAME", help="name of the first query's image, or its row from 0 (default: 0)"
-    )
+    window.add_argument("--query", metavar="QUERY", default="0", help="the first, by its name or number (default: 0)")
     _number(window, "-k", 5, "matches beside the query")
+    of_clouds = (
+        "RUN is a cloud (.ply, .obj, .glb), PATH:INDEX or PATH:NAME, one of a folder of clouds or of a shard, or"
+    )
+    of_clouds += " one of these, for the least trusted in it; --out FILE.png"
+    of_cloud = view.add_argument_group("pictures of clouds", of_clouds)
+    _number(of_cloud, "--count", 24, "clouds of a folder to show")
+    why_about = "RUN is the folder of a run, with features/ of reid3d eval, or its weights; --out FILE.png"
+    why = view.add_argument_group("what a model finds alike", why_about)
+    explain_help = "show by what this query, by its name or number, is like its best matches (default: off)"
+    why.add_argument("--explain", metavar="QUERY", help=explain_help)
+    clouds_help = "clouds of the same crops, to show the matches of QAConv in them too (default: none)"
+    why.add_argument("--clouds", metavar="DIR", type=Path, help=clouds_help)
 
     study = command("study", "train and test many networks under the same conditions; a second call goes on")
     study_help = f"compare: a table of --models; a table of the papers: {', '.join(STUDIES)}"
@@ -812,14 +822,17 @@ def _export_features(options: argparse.Namespace) -> None:
 
 
 def _view(options: argparse.Namespace) -> None:
+    if options.explain is not None:
+        return _view_explained(options)
+    if _are_clouds(options.what):
+        return _view_clouds(options)
     what: Path = options.what
     if not what.is_dir():
         raise FileNotFoundError(f"no such folder of a run or of features: {what}")
     folder = what / "features" if (what / "features").is_dir() else what
     run = next((one for one in (what, what.parent) if (one / "config.yaml").is_file()), None)
     if run == what and not _feature_file(folder, "query").is_file():
-        _view_unfinished(options, what)
-        return
+        return _view_unfinished(options, what)
     from .data import open_dataset
     from .retrieval import Features, search
     from .viewer import view
@@ -870,21 +883,142 @@ def _own_scores(run: Path | None, query: Any, gallery: Any) -> Any:
 def _view_open3d(options: argparse.Namespace, ranks: Any, dataset: Any) -> None:
     from .viewer.o3d import Scene, render, show
 
-    scene = Scene(ranks, dataset, _query_row(options.query, ranks.query.names), options.k)
+    scene = Scene(ranks, dataset, _row(ranks.query.names, options.query, options.what), options.k)
     if options.png:
         print(render(scene, options.png))
     if options.open3d:
         show(scene)
 
 
-def _query_row(name: str | None, names: Sequence[str]) -> int:
-    if name is None:
-        return 0
-    if name in names:
-        return names.index(name)
-    if name.isdecimal() and int(name) < len(names):
-        return int(name)
-    raise ValueError(f"--query must be the name of a query's image or a row below {len(names)}, got {name!r}")
+def _are_clouds(path: Path) -> bool:
+    """Whether it is, or would be, a file, a folder or an item of clouds, and no folder of features."""
+    if path.is_dir():
+        from .io import DATASET_FILE
+
+        manifests = (shard.with_suffix(".jsonl") for shard in path.glob("[!.]*.safetensors"))
+        return (path / DATASET_FILE).exists() or any(manifest.is_file() for manifest in manifests)
+    if path.suffix in CLOUD_FILES:
+        return True
+    if path.is_file():
+        return path.suffix == ".safetensors" and path.with_suffix(".jsonl").is_file()
+    return _item(path) is not None
+
+
+def _item(path: Path) -> tuple[Path, str] | None:
+    """PATH and what comes behind the last colon with which PATH is there."""
+    text = str(path)
+    for colon in reversed(list(re.finditer(":", text))):
+        if colon.start() and Path(text[: colon.start()]).exists():
+            return Path(text[: colon.start()]), text[colon.end() :]
+    return None
+
+
+def _view_clouds(options: argparse.Namespace) -> None:
+    """A cloud from all sides, or a sheet of those of a folder that are trusted least."""
+    out = _picture_file(options)
+    from .data.clouds import open_clouds
+    from .io import Shard
+    from .viewer.pictures import Item, contact_sheet, inspection
+
+    path, wanted = options.what, None
+    if path.suffix in CLOUD_FILES and (path.exists() or not _item(path)):
+        return _save_picture(inspection(Item(_read_cloud(path), None, path.name)), out)
+    if not path.exists() and (found := _item(path)):
+        path, wanted = found
+    if path.is_dir():
+        dataset = open_clouds(path)
+        splits = dataset.train, dataset.query, dataset.gallery, dataset.all
+        places = [split.shard(i) for split in splits for i in range(len(split))]
+    elif path.suffix != ".safetensors":
+        raise ValueError(f"{path} is no folder of clouds and no shard, and has no item {wanted}")
+    else:
+        shard = Shard(path)
+        places = [(shard, i) for i in range(len(shard))]
+    records = [shard.records[i] for shard, i in places]
+    if wanted is not None:
+        return _save_picture(inspection(_open_item(*places[_row([r.name for r in records], wanted, path)])), out)
+    trust = [record.quality.get("confidence", 2.0) for record in records]  # those of which nothing is known at the end
+    least = sorted(range(len(places)), key=lambda k: trust[k])[: options.count]
+    if not least:
+        raise ValueError(f"{path} holds no clouds")
+    _save_picture(contact_sheet([_open_item(*places[k]) for k in least]), out)
+
+
+def _read_cloud(path: Path) -> Any:
+    """The points of a file, or the vertices of a mesh."""
+    import numpy as np
+
+    from .cloud import PointCloud
+    from .formats import read_glb, read_obj, read_ply
+
+    if path.suffix == ".glb":
+        verts, _, rgb = read_glb(path)
+        return PointCloud(verts, rgb, np.arange(len(verts), dtype=np.int32))
+    cloud = (read_ply if path.suffix == ".ply" else read_obj)(path)
+    if not len(cloud):
+        raise ValueError(f"{path}: a cloud without points")
+    return cloud
+
+
+def _open_item(shard: Any, i: int) -> Any:
+    """A cloud of a shard, with the body that was fitted, where it is one that is known here."""
+    import torch
+
+    from .preprocess.body import axis_angle_to_matrix, load_body
+    from .viewer.pictures import Item
+
+    record, fitted, mesh = shard.records[i], shard.body(i), None
+    if fitted and shard.config.get("body") == "embedded-full":
+        body = load_body("full")
+        pose, betas = (torch.from_numpy(fitted[name])[None] for name in ("pose", "betas"))
+        mesh = body(axis_angle_to_matrix(pose), body.all_betas(betas)).verts[0], body.faces
+    return Item(shard[i], record, record.name, mesh)
+
+
+def _view_explained(options: argparse.Namespace) -> None:
+    """A query, its best matches, and by what a model finds them alike."""
+    out = _picture_file(options)
+    weights = _weights(options.what)
+    from .data import open_clouds, open_dataset
+    from .models import create_model
+    from .retrieval import Features
+    from .viewer.explained import explained
+
+    folder = weights.parent / "features"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder of features: {folder} (reid3d eval {options.what} DATA writes it)")
+    query, gallery = (Features.load(_feature_file(folder, split), mmap=True) for split in ("query", "gallery"))
+    data = options.data or Path(query.source)
+    if not data.exists():
+        raise FileNotFoundError(f"what the features were made from was in {data}, which is not there: --data DIR")
+    row = _row(query.names, options.explain, folder)
+    model, dataset = create_model(weights=weights), open_dataset(data)
+    clouds = open_clouds(options.clouds) if options.clouds else None
+    _save_picture(explained(model, query, gallery, row, dataset, clouds=clouds), out)
+
+
+def _row(names: Sequence[str], wanted: str, where: Path) -> int:
+    """Of the one that is wanted by its name or, where none has it, its number."""
+    if wanted in names:
+        return list(names).index(wanted)
+    if wanted.isascii() and wanted.isdigit() and int(wanted) < len(names):
+        return int(wanted)
+    raise ValueError(f"{where} holds {len(names)} items, from 0 on, and none named {_printable(wanted)}")
+
+
+def _picture_file(options: argparse.Namespace) -> Path:
+    out: Path = options.out
+    if out.suffix.lower() not in PICTURES:
+        raise _UsageError(f"--out must end in {', '.join(PICTURES)} for a picture, got {out} (see reid3d view --help)")
+    return out
+
+
+def _save_picture(picture: Any, out: Path) -> None:
+    from .io import atomic_write
+
+    with atomic_write(out) as file:
+        picture.save(file, PICTURES[out.suffix.lower()], quality=90, optimize=True)
+    print(out)
 
 
 def _study(options: argparse.Namespace) -> None:

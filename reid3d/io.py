@@ -66,6 +66,12 @@ class Record:
     def num_points(self) -> int:
         return self.size[0] * self.size[1] if self.points is None else self.points
 
+    def project(self, xyz: np.ndarray) -> np.ndarray:
+        """Where points (N, 3) of the cloud's frame are in the crop: (N, 2) float64, x and y in pixels, also outside."""
+        (height, width), (s, tx, ty) = self.size, self.cam
+        scale = np.array([s / (self.aspect or width / height), s])
+        return ((xyz[:, :2] + np.array([tx, ty])) * scale + 1) * np.array([width, height]) / 2
+
     def to_json(self) -> str:
         return json.dumps(vars(self))
 

@@ -15,6 +15,7 @@ PUBLIC = {
     "convert",
     "create_model",
     "evaluate",
+    "explain",
     "extract",
     "list_models",
     "open_dataset",
@@ -25,6 +26,7 @@ PUBLIC = {
     "tlift",
     "view",
 }
+MODULES = {"explain", "ops"}
 OPTIONAL = (
     "torch_geometric smplx trimesh open3d faiss ray tensorboard onnx onnxruntime torch_cluster pytorch3d scipy".split()
 )
@@ -39,11 +41,12 @@ def test_the_list_of_public_names():
     assert PUBLIC <= set(dir(reid3d))
 
 
-@pytest.mark.parametrize("name", sorted(PUBLIC - {"ops"}))
+@pytest.mark.parametrize("name", sorted(PUBLIC - MODULES))
 def test_each_name_is_there_and_documented(name):
     value = getattr(reid3d, name)
     assert callable(value) and value.__name__ == name and value.__doc__
     assert reid3d.ops.knn and reid3d.ops.backend()
+    assert all(getattr(reid3d.explain, name).__doc__ for name in reid3d.explain.__all__)
 
 
 def test_star_import_and_unknown_names():
@@ -58,13 +61,13 @@ def test_star_import_and_unknown_names():
 
 def test_no_sub_package_takes_the_place_of_a_function():
     """Importing a module binds its name in the package: no module may have the name of a public function."""
-    code = """
+    code = f"""
 import importlib, pkgutil, reid3d
 for module in pkgutil.iter_modules(reid3d.__path__):
     if not module.name.startswith("_"):
         importlib.import_module("reid3d." + module.name)
 import reid3d.viewer.html, reid3d.retrieval.search, reid3d.preprocess.convert, reid3d.preprocess.synth
-print(*[name for name in reid3d.__all__ if name != "ops" and not callable(getattr(reid3d, name))])
+print(*[name for name in reid3d.__all__ if name not in {MODULES} and not callable(getattr(reid3d, name))])
 """
     assert run(code).split() == []
 

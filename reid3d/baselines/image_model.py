@@ -25,7 +25,7 @@ class Heads(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of a descriptor. map: which of the last maps it is of; feats: (B, d), its numbers but for their length."""
+    """A part of a descriptor. map: which of the last maps it is of; feats: (B, d), but for their length."""
 
     map: int
     feats: Tensor

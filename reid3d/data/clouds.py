@@ -39,12 +39,10 @@ class CloudSplit(Split):
         except ValueError as error:
             raise ValueError(f"{self.records[i].name}: {error}") from error
 
-    def body(self, i: int) -> tuple[str, dict[str, np.ndarray]]:
-        """What cloud i was made of: the name of the body model, and "pose" (24, 3) and "betas" (K,) as float32, which
-        put the body where the cloud is; {} where the shard does not hold them.
-        """
-        shard, row = self._places[i]
-        return str(shard.config.get("body", "")), shard.body(row)
+    def shard(self, i: int) -> tuple[Shard, int]:
+        """Where cloud i is: its shard, and its row there."""
+        place: tuple[Shard, int] = self._places[i]
+        return place
 
     def _transformed(self, i: int, rng: np.random.Generator) -> tuple[Tensor, ...] | Tensor:
         return (self.transform or EvalTransform())(self.cloud(i), rng)

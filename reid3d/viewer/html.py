@@ -129,8 +129,9 @@ class _Source:
         return self.split.cloud(row), self.split.records[row]
 
     def body(self, i: int) -> tuple[str, dict[str, np.ndarray]]:
-        found: tuple[str, dict[str, np.ndarray]] = self.split.body(self._row(i))
-        return found
+        """The name of the body model, and what it was given, {} where that was not kept."""
+        shard, row = self.split.shard(self._row(i))
+        return str(shard.config.get("body", "")), shard.body(row)
 
     def encoded(self, i: int) -> dict[str, Any]:
         about = {

@@ -51,8 +51,9 @@ class Mesh(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """One of the clouds: what it is, and where it stands. cloud: as it was read. fit: as of `CloudSplit.body`. foot:
-    (3,), of its frame, the middle of the body on the ground. verdict: of VERDICTS. title: in words.
+    """One of the clouds: what it is, and where it stands. cloud: as it was read. fit: name of the body model, and
+    its pose and betas, {} where they were not kept. foot: (3,), of its frame, the middle of the body on the ground.
+    verdict: of VERDICTS. title: in words.
     """
 
     cloud: PointCloud
