@@ -103,8 +103,13 @@ def shown(page, selector=".cloud >> nth=0"):
         "() => { const c = document.querySelector('.cloud');"
         " return c && views.get(c)?.cloud && c.width === Math.round(c.clientWidth * devicePixelRatio); }"
     )
-    page.wait_for_timeout(200)
+    drawn(page)
     return pixels(page, selector)
+
+
+def drawn(page):
+    """When all that was asked for is drawn."""
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def test_a_page_of_500_queries(page_file, opened, tmp_path, capsys):
@@ -118,6 +123,7 @@ def test_a_page_of_500_queries(page_file, opened, tmp_path, capsys):
     assert (first[..., 3] > 0).mean() > 0.1 and len(np.unique(first.reshape(-1, 4), axis=0)) > 50
     assert page.evaluate("document.querySelectorAll('.row').length") < 60  # the others come when they are scrolled to
     page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    page.wait_for_function("() => document.querySelectorAll('.row').length > 8")
     page.wait_for_timeout(500)
     rows = page.evaluate("document.querySelectorAll('.row').length")
     assert 16 <= rows < 500
@@ -135,19 +141,19 @@ def test_a_cloud_is_turned_by_mouse_and_keys(page_file, opened):
     page.mouse.down()
     page.mouse.move(middle[0] + 60, middle[1] + 10, steps=4)
     page.mouse.up()
-    page.wait_for_timeout(200)
+    drawn(page)
     turned = pixels(page)
     assert (turned != before).any(2).mean() > 0.02
     other = pixels(page, ".cloud >> nth=1")
     page.keyboard.press("ArrowLeft")
-    page.wait_for_timeout(200)
+    drawn(page)
     assert (pixels(page) != turned).any(2).mean() > 0.01
     assert (pixels(page, ".cloud >> nth=1") != other).any()  # the row turns together
     page.keyboard.press("Home")
-    page.wait_for_timeout(200)
+    drawn(page)
     assert np.array_equal(pixels(page), before)
     page.keyboard.press("+")
-    page.wait_for_timeout(200)
+    drawn(page)
     assert (pixels(page)[..., 3] > 0).sum() > (before[..., 3] > 0).sum()
 
 
@@ -155,14 +161,14 @@ def test_controls(page_file, opened):
     page = opened(page_file)
     before = shown(page)
     page.locator("#background").uncheck()
-    page.wait_for_timeout(200)
+    drawn(page)
     bare = pixels(page)
     assert (bare[..., 3] > 0).sum() < 0.8 * (before[..., 3] > 0).sum()
     page.locator("#colours").select_option("parts")
-    page.wait_for_timeout(200)
+    drawn(page)
     assert len(np.unique(pixels(page).reshape(-1, 4), axis=0)) < 10
     page.locator("#points").fill("2.5")
-    page.wait_for_timeout(200)
+    drawn(page)
     assert (pixels(page)[..., 3] > 0).sum() > (bare[..., 3] > 0).sum()
     page.locator("[data-tab=worst]").click()
     names = page.evaluate("[...document.querySelectorAll('.row h2')].map(h => h.textContent)")
@@ -170,24 +176,24 @@ def test_controls(page_file, opened):
     assert [name.startswith(of) for name, of in zip(names, expected, strict=False)] == [True] * 3
     page.locator("[data-tab=all]").click()
     page.locator("#pid").fill("17")
-    page.wait_for_timeout(100)
     assert page.evaluate("document.querySelectorAll('.row').length") == 2
     page.locator("#pid").fill("99999")
-    page.wait_for_timeout(100)
     assert "No query of id 99999 is shown here." in page.locator("#rows").inner_text()
     page.locator("#pid").fill("")
     page.keyboard.press("Tab")
     page.keyboard.press("n")
-    page.wait_for_timeout(500)
-    assert page.evaluate("scrollY") > 100
+    page.wait_for_function("() => scrollY > 100")
 
 
 def test_a_name_appears_as_text(page_file, opened):
     page = opened(page_file)
     shown(page)
     page.locator("#pid").fill("8")
-    page.wait_for_timeout(800)
+    page.wait_for_function(
+        "document.querySelectorAll('.row').length === 2 && document.querySelector('.row .card').title"
+    )
     row = page.locator(".row", has_text="alert(1)")
+    row.locator(".cloud").first.wait_for()
     assert row.locator("h2").inner_text().startswith(HOSTILE)
     assert row.locator(".card").first.get_attribute("title") == HOSTILE
     assert HOSTILE in row.locator(".cloud").first.get_attribute("aria-label")
@@ -215,8 +221,8 @@ def test_a_folder_loads_what_is_scrolled_to(ranks, opened, tmp_path):
     some = page.evaluate("document.querySelectorAll('script[src]').length")
     assert 0 < some < len(list(path.parent.glob("items-*.js"))) / 2
     page.evaluate("scrollTo(0, document.body.scrollHeight)")
-    page.wait_for_timeout(1500)
-    assert page.evaluate("document.querySelectorAll('script[src]').length") > some and asked
+    page.wait_for_function(f"() => document.querySelectorAll('script[src]').length > {some}")
+    assert asked
 
 
 def test_without_webgl_points_are_drawn_all_the_same(page_file, browser, tmp_path):
