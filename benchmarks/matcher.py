@@ -5,7 +5,7 @@
 Maps of 128 x 24 x 8, 32 queries by 64 gallery items; the ways take turns. Memory is what the process holds at most
 beyond what it held before a call, as the system counts it, less the result. All against all: `QAConv.scores` of 512
 items with themselves, and with a copy, which it takes for others: it matches blocks of 128 items by 128, those of the
-diagonal whole, so that 10 of 16 are left, and fewer of more.
+diagonal by 32, so that 53 % of the pairs are left, and fewer of more items.
 """
 
 import argparse

@@ -192,12 +192,13 @@ def test_published_figures_of_the_pair_matcher():
     for of in rates.values():  # as fast as a plain matrix product, which takes no maxima
         assert of["reid3d.ops.match_maps"] >= of["square matrix product"] >= of["einsum, 8 x 8 pairs"]
     reuse = data["all_against_all"]
-    assert reuse["reused_s"] <= 0.7 * reuse["as_others_s"]
+    assert reuse["reused_s"] <= 0.6 * reuse["as_others_s"]
 
 
 def test_published_figures_of_2d_methods():
     """docs/baselines.md: each finds people five times as well as a random order at least."""
     data = json.loads((RESULTS / "baselines-cpu.json").read_text())
+    check_origin(data)
     rows = {row["recipe"]: row for row in data["rows"]}
     assert set(rows) == {"synth", "synth_plr_osnet", "synth_relation_s", "synth_rmgl", "synth_qaconv50"}
     text = (RESULTS.parents[1] / "docs" / "baselines.md").read_text()
