@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -242,10 +243,9 @@ def draw_text(
     printed, appear as Python writes them, as \\u65e5.
     """
     font, words = _legible(text, size)
-    kept, whole = len(words), words
-    while kept and font.getlength(words) > width:
-        kept -= 1
-        words = f"{whole[: (kept + 1) // 2]}...{whole[len(whole) - kept // 2 :]}"
+    if font.getlength(words) > width:
+        shorter = [f"{words[: (kept + 1) // 2]}...{words[len(words) - kept // 2 :]}" for kept in range(len(words))]
+        words = shorter[max(bisect_right(shorter, width, key=font.getlength) - 1, 0)]
     draw.text(xy, words, ink, font, anchor=anchor)
 
 
