@@ -14,56 +14,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 import reid3d
 from reid3d.cloud import PointCloud
-from reid3d.ops import rasterize
-from reid3d.preprocess.body import vertex_normals
 from reid3d.preprocess.camera import project
 from reid3d.preprocess.fit import BodyFit, EmbeddedFitter
 from reid3d.preprocess.synth import synth
 from reid3d.preprocess.train_fitter import HELD_OUT, RenderedBatches
 from reid3d.retrieval.features import Features
-
-SCALE = 3  # picture pixels for a crop pixel
-HEIGHT, WIDTH = 128 * SCALE, 64 * SCALE
-Panel = tuple[str, Image.Image, tuple[int, int, int] | None]  # title, picture, colour of its frame
-
-
-def enlarge(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image).resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)
+from reid3d.viewer.pictures import RIGHT, SIZE, WRONG, Panel, View, draw_body, enlarge, grid
 
 
 def shaded(fitter: EmbeddedFitter, image: np.ndarray) -> Image.Image:
     """The fitted body over a faded crop."""
-    return draw_body(fitter, image, fitter([image], ["query"]))
+    return over(fitter, image, fitter([image], ["query"]))
 
 
-def draw_body(fitter: EmbeddedFitter, image: np.ndarray, fit: BodyFit) -> Image.Image:
+def over(fitter: EmbeddedFitter, image: np.ndarray, fit: BodyFit) -> Image.Image:
     """A body over a faded crop."""
-    seen = rasterize(project(fit.verts, fit.cam, HEIGHT, WIDTH), fitter.body.faces, HEIGHT, WIDTH).face[0]
-    normals = vertex_normals(fit.verts, fitter.body.faces)[0][fitter.body.faces[seen[seen >= 0]]].mean(1)
-    light = (normals @ torch.tensor([0.2, -0.3, -0.9])).clamp(0, 1) * 0.75 + 0.25
-    out = torch.from_numpy(np.array(enlarge(image))).float() * 0.4 + 150
-    out[seen >= 0] = light[:, None] * torch.tensor([166.0, 189.0, 219.0])
-    return Image.fromarray(out.clamp(0, 255).byte().numpy())
+    pixels = project(fit.verts, fit.cam, *SIZE)[0, :, :2].numpy()
+    return draw_body(enlarge(image), fit.verts[0], fitter.body.faces, pixels)
 
 
-def splat(cloud: PointCloud, yaw: float) -> Image.Image:
-    """The cloud turned by yaw about the body's vertical, background faded, nearest point on top."""
-    body = cloud.vertex >= 0
-    xyz = cloud.xyz - cloud.xyz[body].mean(0)
-    turn = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
-    xyz = xyz @ turn.T
-    rgb = np.where(body[:, None], cloud.rgb, cloud.rgb * 0.25 + 185)
-    out = np.full((HEIGHT, WIDTH, 3), 250, np.uint8)
-    pixel = (xyz[:, :2] * HEIGHT / 1.95 + [WIDTH / 2, HEIGHT / 2]).astype(int)
-    for k in np.argsort(-xyz[:, 2]):
-        x, y = pixel[k]
-        size = 6 if body[k] else 4
-        out[max(y, 0) : max(y + size, 0), max(x, 0) : max(x + size, 0)] = rgb[k]
-    return Image.fromarray(out)
+def turned(cloud: PointCloud, yaw: float) -> Image.Image:
+    return View(cloud, yaw).draw()
 
 
 def main() -> None:
@@ -88,20 +63,20 @@ def main() -> None:
     image = np.array(Image.open(crops / query.names[args.query]))
     clouds = reid3d.open_dataset(args.demo / "clouds").query
     cloud = clouds.cloud([r.name for r in clouds.records].index(query.names[args.query]))
-    panels: list[Panel] = [
-        ("crop", enlarge(image), None),
-        ("fitted body", shaded(EmbeddedFitter(), image), None),
-        ("coloured cloud", splat(cloud, 0.0), None),
-        ("turned 45°", splat(cloud, 0.8), None),
-        ("turned 90°", splat(cloud, 1.57), None),
+    panels = [
+        Panel("crop", enlarge(image)),
+        Panel("fitted body", shaded(EmbeddedFitter(), image)),
+        Panel("coloured cloud", turned(cloud, 0.0)),
+        Panel("turned 45°", turned(cloud, 0.8)),
+        Panel("turned 90°", turned(cloud, 1.57)),
     ]
     pid = int(query.pids[args.query])
     for rank, g in enumerate(ranks.idx[args.query].tolist(), 1):
-        frame = (46, 160, 67) if int(gallery.pids[g]) == pid else (207, 34, 46)
-        panels.append((f"match {rank}", enlarge(np.array(Image.open(crops / gallery.names[g]))), frame))
+        frame = RIGHT if int(gallery.pids[g]) == pid else WRONG
+        panels.append(Panel(f"match {rank}", enlarge(np.array(Image.open(crops / gallery.names[g]))), frame))
 
-    strip(panels).save(args.out / "flow.png", optimize=True)
-    strip(modes(crops / query.names[args.query])).save(args.out / "modes.png", optimize=True)
+    grid([panels], size=18).save(args.out / "flow.png", optimize=True)
+    grid([modes(crops / query.names[args.query])], size=18).save(args.out / "modes.png", optimize=True)
     worst = Image.open(args.demo / "clouds" / "worst.png")
     worst.crop((0, 0, worst.width, worst.height // 2)).convert("P", palette=Image.Palette.ADAPTIVE).save(
         args.out / "worst.png", optimize=True
@@ -117,8 +92,7 @@ def fits() -> Image.Image:
         verts = (fit.verts - fit.joints[:, :1]) @ quarter.T
         middle = fit.cam * torch.tensor([1.0, 0, 0])
         aside = np.full((*image.shape[:2], 3), 255, np.uint8)
-        turned = BodyFit(verts, middle, fit.confidence)
-        panels = enlarge(image), draw_body(fitter, image, fit), draw_body(fitter, aside, turned)
+        panels = enlarge(image), over(fitter, image, fit), over(fitter, aside, BodyFit(verts, middle, fit.confidence))
         rows.append(np.concatenate([np.array(panel) for panel in panels], 1))
     half = [np.concatenate(rows[i : i + 4], 1) for i in range(0, 12, 4)]
     picture = Image.fromarray(np.concatenate(half))
@@ -159,27 +133,12 @@ def marked(crop: np.ndarray, seen: np.ndarray, joints: np.ndarray) -> np.ndarray
 
 def modes(crop: Path) -> list[Panel]:
     """A crop's clouds from the front and from the side."""
-    panels: list[Panel] = [("crop", enlarge(np.array(Image.open(crop))), None)]
+    panels = [Panel("crop", enlarge(np.array(Image.open(crop))))]
     for mode, size in (("paper", (128, 64)), ("surface", (256, 128)), ("official", (256, 128))):
         cloud = reid3d.convert(crop, mode=mode, size=size)
         for side, yaw in (("", 0.0), (", side", 1.2)):
-            panels.append((f"{mode} {size[0]}x{size[1]}{side}", splat(cloud, yaw), None))
+            panels.append(Panel(f"{mode} {size[0]}x{size[1]}{side}", turned(cloud, yaw)))
     return panels
-
-
-def strip(panels: list[Panel]) -> Image.Image:
-    """Panels side by side, each below its title and in its frame's colour, if it has one."""
-    gap, top = 14, 34
-    picture = Image.new("RGB", (gap + len(panels) * (WIDTH + gap), top + HEIGHT + gap), (255, 255, 255))
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(18)
-    for k, (title, panel, frame) in enumerate(panels):
-        x = gap + k * (WIDTH + gap)
-        draw.text((x + WIDTH / 2, top / 2), title, (60, 60, 60), font, anchor="mm")
-        picture.paste(panel, (x, top))
-        if frame:
-            draw.rectangle((x - 2, top - 2, x + WIDTH + 1, top + HEIGHT + 1), outline=frame, width=4)
-    return picture
 
 
 if __name__ == "__main__":
