@@ -4,9 +4,19 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+OPEN3D_PACKAGES = "apt-get install libusb-1.0-0 libegl1 libgl1 libgl1-mesa-dri"
+OPEN3D_PROBE = """
+import open3d
+window = open3d.visualization.Visualizer()
+assert window.create_window(width=16, height=16, visible=False)
+window.poll_events()
+"""
 
 
 def report() -> dict[str, Any]:
@@ -48,15 +58,23 @@ def report() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "ops": checks,
-        "open3d": _open3d(),
+        "open3d": why_no_open3d() or "ok",
     }
 
 
-def _open3d() -> str:
-    """ "ok", or why `reid3d view --open3d` does not work here, and what to install."""
-    from .viewer.o3d import why_not
-
-    return why_not() or "ok"
+def why_no_open3d() -> str | None:
+    """Why Open3D cannot draw here, with what to install; None where it can. It is tried in another process, which ends
+    where a driver is missing.
+    """
+    tried = subprocess.run(
+        [sys.executable, "-c", OPEN3D_PROBE], capture_output=True, text=True, errors="replace", check=False
+    )
+    if tried.returncode == 0:
+        return None
+    said = [line for line in tried.stderr.splitlines() if line.strip()] or [f"it ended with {tried.returncode}"]
+    if "No module named 'open3d'" in said[-1]:
+        return "Open3D is not installed: pip install 'reid3d[view]'"
+    return f"Open3D cannot draw here ({said[-1].strip()}): {OPEN3D_PACKAGES}"
 
 
 def check_ops(device: str) -> dict[str, str]:
@@ -113,6 +131,7 @@ def format_report(report: dict[str, Any]) -> str:
         *(f"          {path}" for path in report["extensions"]),
         f"cpu       {report['cpu']}, {report['cores']} cores, {report['threads']} threads in use",
         f"cuda      {report['cuda'] or 'not in this torch'}, {', '.join(report['gpus']) or 'no GPU'}",
+        f"open3d    {report['open3d']}",
     ]
     for device, results in report["ops"].items():
         lines += [f"{f'on {device}':<10}{name}: {result}" for name, result in results.items()]

@@ -7,7 +7,6 @@ Open3D is asked for only here, in a process of its own first: where a driver is 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..cloud import PointCloud
 from ..data import CloudDataset
+from ..doctor import why_no_open3d
 from ..io import Record, atomic_write
 from ..retrieval import Ranks
 from .html import _Source
@@ -32,13 +32,6 @@ STEP = 10.0  # degrees of a key
 SKIN = (166, 189, 219)
 WIDE = 12.0  # degrees the camera sees from top to bottom
 KEYS = "N, P: next, previous query · left, right: turn all · B: background · M: fitted bodies · H: these keys · Q: quit"
-PACKAGES = "apt-get install libusb-1.0-0 libegl1 libgl1 libgl1-mesa-dri"
-PROBE = """
-import open3d
-window = open3d.visualization.Visualizer()
-assert window.create_window(width=16, height=16, visible=False)
-window.poll_events()
-"""
 
 
 class Mesh(NamedTuple):
@@ -317,19 +310,8 @@ def _labelled(picture: Image.Image, scene: Scene) -> Image.Image:
     return picture
 
 
-def why_not() -> str | None:
-    """Why Open3D cannot draw here, with what to install; None where it can. It is tried in another process."""
-    tried = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, errors="replace", check=False)
-    if tried.returncode == 0:
-        return None
-    said = [line for line in tried.stderr.splitlines() if line.strip()] or [f"it ended with {tried.returncode}"]
-    if "No module named 'open3d'" in said[-1]:
-        return "Open3D is not installed: pip install 'reid3d[view]'"
-    return f"Open3D cannot draw here ({said[-1].strip()}): {PACKAGES}"
-
-
 def _open3d() -> Any:
-    if reason := why_not():
+    if reason := why_no_open3d():
         raise ImportError(reason)
     import open3d
 

@@ -9,12 +9,13 @@ from PIL import Image
 
 from reid3d.cloud import PointCloud
 from reid3d.data import open_clouds
+from reid3d.doctor import OPEN3D_PACKAGES, why_no_open3d
 from reid3d.io import Record, write_shard
 from reid3d.preprocess.batch import convert_folder
 from reid3d.preprocess.synth import synth
 from reid3d.retrieval import Features, search
 from reid3d.viewer import o3d
-from reid3d.viewer.o3d import PACKAGES, SPACING, VERDICTS, Scene, render, show, why_not
+from reid3d.viewer.o3d import SPACING, VERDICTS, Scene, render, show
 from tests.conftest import needs
 
 COLOURS = {1: (250, 20, 20), 2: (20, 240, 20), 3: (20, 20, 250)}  # of each person
@@ -126,7 +127,7 @@ def test_bad_scenes(ranks, fields, message):
 
 
 def test_a_picture_shows_query_and_matches(ranks, tmp_path):
-    needs(why_not())
+    needs(why_no_open3d())
     path = render(Scene(ranks, query=1), tmp_path / "s cène.png")
     pixels = np.asarray(Image.open(path)).astype(int)
     assert pixels.shape == (520, 1400, 3)
@@ -167,15 +168,15 @@ def test_a_window_needs_a_display(ranks, monkeypatch):
         ),
         (
             "raise ImportError('libusb-1.0.so.0: cannot open')",
-            f"(ImportError: libusb-1.0.so.0: cannot open): {PACKAGES}",
+            f"(ImportError: libusb-1.0.so.0: cannot open): {OPEN3D_PACKAGES}",
         ),
-        ("import os; os.abort()", f"Open3D cannot draw here (it ended with -6): {PACKAGES}"),
+        ("import os; os.abort()", f"Open3D cannot draw here (it ended with -6): {OPEN3D_PACKAGES}"),
     ],
 )
 def test_where_open3d_is_missing_it_says_what_to_install(module, said, ranks, tmp_path, monkeypatch):
     (tmp_path / "open3d.py").write_text(module)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")]))))
-    assert said in why_not()
+    assert said in why_no_open3d()
     with pytest.raises(ImportError) as error:
         render(Scene(ranks), tmp_path / "x.png")
     assert said in str(error.value) and not (tmp_path / "x.png").exists()
@@ -211,7 +212,7 @@ class Window:
 
 
 def test_keys(ranks, monkeypatch, capsys):
-    needs(why_not())
+    needs(why_no_open3d())
     import open3d
 
     made = []
@@ -220,7 +221,7 @@ def test_keys(ranks, monkeypatch, capsys):
     monkeypatch.setattr(Window, "get_render_option", lambda self: real.get_render_option(), raising=False)
     monkeypatch.setattr(Window, "get_view_control", lambda self: real.get_view_control(), raising=False)
     monkeypatch.setattr(open3d.visualization, "VisualizerWithKeyCallback", lambda: (made.append(Window()), made[0])[1])
-    monkeypatch.setattr(o3d, "why_not", lambda: None)
+    monkeypatch.setattr(o3d, "why_no_open3d", lambda: None)
     monkeypatch.setenv("DISPLAY", ":0")
     show(Scene(ranks, k=3))
     real.destroy_window()
