@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/reid3d-ready
 SOURCES := setup.py pyproject.toml constraints-cpu.txt CMakeLists.txt $(wildcard csrc/*.h csrc/*/*)
 PIP := $(BIN)/python -m pip install -q -c constraints-cpu.txt
 EXTRAS ?= test
+READY := $(VENV)/reid3d-ready-$(EXTRAS)
 
 # OpenMP threads that wait by spinning are several times slower as soon as anything else runs on the machine.
 demo test bench: export OMP_WAIT_POLICY = passive
