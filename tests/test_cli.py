@@ -625,7 +625,8 @@ def test_convert_there_and_back(people, capsys, tmp_path):
 def test_doctor(capsys, tmp_path):
     code, out, _ = call(capsys, "doctor", "--json", tmp_path / "doctor.json")
     assert code == 0 and "torch" in out
-    assert json.loads((tmp_path / "doctor.json").read_text())
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    assert f"open3d    {found['open3d']}" in out.splitlines()
 
 
 @pytest.mark.parametrize(
