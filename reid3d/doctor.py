@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-OPEN3D_PACKAGES = "apt-get install libusb-1.0-0 libegl1 libgl1 libgl1-mesa-dri"
+OPEN3D_PACKAGES = "apt-get install libusb-1.0-0 libidn2-0 libegl1 libgl1 libgl1-mesa-dri"
 OPEN3D_PROBE = """
 import open3d
 window = open3d.visualization.Visualizer()
