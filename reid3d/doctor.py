@@ -12,9 +12,11 @@ from typing import Any
 
 OPEN3D_PACKAGES = "apt-get install libusb-1.0-0 libidn2-0 libegl1 libgl1 libgl1-mesa-dri"
 OPEN3D_PROBE = """
+import sys
 import open3d
 window = open3d.visualization.Visualizer()
-assert window.create_window(width=16, height=16, visible=False)
+if not window.create_window(width=16, height=16, visible=False):
+    sys.exit("it finds no OpenGL driver")
 window.poll_events()
 """
 

@@ -6,6 +6,7 @@ Open3D is asked for only here, in a process of its own first: where a driver is 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -32,6 +33,11 @@ STEP = 10.0  # degrees of a key
 SKIN = (166, 189, 219)
 WIDE = 12.0  # degrees the camera sees from top to bottom
 KEYS = "N, P: next, previous query · left, right: turn all · B: background · M: fitted bodies · H: these keys · Q: quit"
+# What opens the display that the environment names, and closes it.
+DISPLAYS = {
+    "DISPLAY": ("libX11.so.6", "XOpenDisplay", "XCloseDisplay"),
+    "WAYLAND_DISPLAY": ("libwayland-client.so.0", "wl_display_connect", "wl_display_disconnect"),
+}
 
 
 class Mesh(NamedTuple):
@@ -72,8 +78,8 @@ class Scene:
     query: row of it. degrees: by which each is turned about the vertical through the middle of its body. background:
     whether that is shown. mesh: whether the fitted bodies are, in place of their points.
 
-    Raises: ValueError when there are no queries, query or k is out of range, a cloud is not in the data set, or mesh is
-        asked for of clouds that came without bodies, or with those of a model that is not embedded here.
+    Raises: ValueError when there are no queries, query or k is out of range, the data set holds crops or lacks a cloud,
+        or mesh is asked for of clouds that came without bodies, or with those of a model that is not embedded here.
     """
 
     ranks: Ranks
@@ -95,8 +101,11 @@ class Scene:
     @cached_property
     def standing(self) -> list[Standing]:
         q, g = self.ranks.query, self.ranks.gallery
-        found = [_stand(_Source(q, self.dataset), self.query, "query", "query")]
-        gallery = _Source(g, self.dataset)
+        queries, gallery = _Source(q, self.dataset), _Source(g, self.dataset)
+        for source in (queries, gallery):
+            if source.split.inputs != "cloud":
+                raise ValueError(f"dataset must hold clouds, got the crops of {source.split.root}")
+        found = [_stand(queries, self.query, "query", "query")]
         row = zip(self.ranks.idx[self.query, : self.k].tolist(), self.ranks.sim[self.query, : self.k], strict=True)
         for place, (at, sim) in enumerate(row, 1):
             if at == -1:
@@ -165,28 +174,31 @@ def show(scene: Scene) -> None:
 
     Raises: ImportError without Open3D or a library of its; RuntimeError without a display, or where no window opens.
     """
-    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    if sys.platform.startswith("linux") and not _has_display():  # Open3D would draw on none for ever
         raise RuntimeError("a window needs a display, and there is none: --png FILE draws the same without one")
     o3d = _open3d()
     window = o3d.visualization.VisualizerWithKeyCallback()
-    if not window.create_window("reid3d", width=1600, height=800):
-        raise RuntimeError("Open3D could not open a window: --png FILE draws the same without one")
+    with _quiet(o3d):
+        if not window.create_window("reid3d", width=1600, height=800):
+            raise RuntimeError("Open3D could not open a window: --png FILE draws the same without one")
     state = _State(window, o3d, scene)
     keys: dict[int, Callable[[], None]] = {
         ord("N"): lambda: state.go(1),
         ord("P"): lambda: state.go(-1),
         ord("B"): lambda: state.change(background=not state.scene.background),
-        ord("M"): state.toggle_bodies,
+        ord("M"): lambda: state.change(mesh=not state.scene.mesh),
         ord("H"): lambda: print(KEYS),
         262: lambda: state.change(degrees=state.scene.degrees + STEP),
         263: lambda: state.change(degrees=state.scene.degrees - STEP),
     }
     for key, action in keys.items():
         window.register_key_callback(key, lambda _, action=action: action() or False)
-    print(KEYS)
-    state.draw(first=True)
-    window.run()
-    window.destroy_window()
+    try:
+        print(KEYS)
+        state.draw(first=True)
+        window.run()
+    finally:
+        window.destroy_window()
 
 
 def render(scene: Scene, out: str | Path, *, size: tuple[int, int] = (520, 1400)) -> Path:
@@ -199,7 +211,8 @@ def render(scene: Scene, out: str | Path, *, size: tuple[int, int] = (520, 1400)
         raise ValueError(f"out must end in .png, got {out}")
     o3d = _open3d()
     window = o3d.visualization.Visualizer()
-    window.create_window(width=size[1], height=size[0], visible=False)
+    with _quiet(o3d):
+        window.create_window(width=size[1], height=size[0], visible=False)
     try:
         _State(window, o3d, scene).draw(first=True, say=False)
         window.poll_events()
@@ -227,19 +240,20 @@ class _State:
         self.change(query=(self.scene.query + step) % len(self.scene.ranks.query))
 
     def change(self, **fields: Any) -> None:
+        """Show it with other fields. What cannot be shown is told: an error that left a key's callback ends all."""
         before, self.scene = self.scene, replace(self.scene, **fields)
         if before.query == self.scene.query:  # nothing is read or fitted twice
             for name in ("standing", "_fits"):
                 if name in before.__dict__:
                     self.scene.__dict__[name] = before.__dict__[name]
-        self.draw(say=before.query != self.scene.query)
-
-    def toggle_bodies(self) -> None:
         try:
-            self.change(mesh=not self.scene.mesh)
-        except ValueError as error:
+            self.draw(say=before.query != self.scene.query)
+        except (ValueError, OSError) as error:
             print(error)
-            self.change(mesh=False)
+            lack_bodies = self.scene.mesh and "standing" in self.scene.__dict__
+            self.scene = before
+            if lack_bodies:  # their points are there
+                self.change(**{**fields, "mesh": False})
 
     def draw(self, *, first: bool = False, say: bool = True) -> None:
         geometry, utility = self.o3d.geometry, self.o3d.utility
@@ -308,6 +322,26 @@ def _labelled(picture: Image.Image, scene: Scene) -> Image.Image:
         for line, text in enumerate(one.title.split(", "), 1):
             draw.text((at, below + 18 * line), text, (60, 60, 60), font, anchor="mm")
     return picture
+
+
+def _has_display() -> bool:
+    """Whether one that the environment names answers: the name of one that is gone may still be there."""
+    for variable, (library, connect, close) in DISPLAYS.items():
+        if os.environ.get(variable):
+            try:
+                functions = ctypes.CDLL(library)
+            except OSError:
+                continue
+            getattr(functions, connect).restype = ctypes.c_void_p
+            if display := getattr(functions, connect)(None):
+                getattr(functions, close)(ctypes.c_void_p(display))
+                return True
+    return False
+
+
+def _quiet(o3d: Any) -> Any:
+    """A context in which Open3D prints no more than errors; where it draws is nothing to be told of."""
+    return o3d.utility.VerbosityContextManager(o3d.utility.VerbosityLevel.Error)
 
 
 def _open3d() -> Any:

@@ -1,14 +1,18 @@
 """The scene of Open3D: where everything stands, by hand; and its picture, where Open3D can draw."""
 
 import os
+import shutil
+import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from reid3d import cli
 from reid3d.cloud import PointCloud
-from reid3d.data import open_clouds
+from reid3d.data import open_clouds, open_dataset
 from reid3d.doctor import OPEN3D_PACKAGES, why_no_open3d
 from reid3d.io import Record, write_shard
 from reid3d.preprocess.batch import convert_folder
@@ -117,6 +121,14 @@ def test_clouds_without_bodies(ranks):
         Scene(ranks, mesh=True).bodies  # noqa: B018
 
 
+def test_crops_are_refused(ranks, tmp_path):
+    for name in ("0001_c1s1_000001_00.jpg", "0002_c1s1_000001_00.jpg"):
+        (tmp_path / "query").mkdir(exist_ok=True)
+        Image.new("RGB", (64, 128)).save(tmp_path / "query" / name)
+    with pytest.raises(ValueError, match="dataset must hold clouds, got the crops of "):
+        Scene(ranks, open_dataset(tmp_path)).standing  # noqa: B018
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [({"query": 2}, "query must be from 0 to 1, got 2"), ({"k": 0}, "k must be at least 1, got 0")],
@@ -151,9 +163,12 @@ def test_only_png(ranks, tmp_path):
         render(Scene(ranks), tmp_path / "x.jpg")
 
 
-def test_a_window_needs_a_display(ranks, monkeypatch):
+@pytest.mark.parametrize("gone", [{}, {"DISPLAY": ":59999"}, {"WAYLAND_DISPLAY": "wayland-59999"}])
+def test_a_window_needs_a_display(ranks, monkeypatch, tmp_path, gone):
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
+    for name, value in {"XDG_RUNTIME_DIR": str(tmp_path), **gone}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", "linux")
     with pytest.raises(RuntimeError, match="a window needs a display, and there is none: --png FILE"):
         show(Scene(ranks))
@@ -182,11 +197,19 @@ def test_where_open3d_is_missing_it_says_what_to_install(module, said, ranks, tm
     assert said in str(error.value) and not (tmp_path / "x.png").exists()
 
 
-class Window:
-    """Stands in for a window: what is asked of it."""
+def test_without_a_driver_it_says_what_to_install(monkeypatch):
+    needs(why_no_open3d())
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_DIRS", "/nonexistent")
+    assert why_no_open3d() == f"Open3D cannot draw here (it finds no OpenGL driver): {OPEN3D_PACKAGES}"
 
-    def __init__(self):
-        self.shapes, self.keys = [], {}
+
+class Window:
+    """Stands in for a window: what is asked of it, and what is shown at first and after each of the keys."""
+
+    def __init__(self, pressed):
+        self.shapes, self.keys, self.pressed = [], {}, pressed
 
     def create_window(self, *args, **kwargs):
         return True
@@ -202,7 +225,7 @@ class Window:
 
     def run(self):
         self.counts = []
-        for key in ("", *"BBMMN", 262, "P", "H"):
+        for key in ("", *self.pressed):
             if key:
                 assert self.keys[key if isinstance(key, int) else ord(key)](self) is False
             self.counts.append((len(self.shapes), len(self.shapes[0].points)))
@@ -211,23 +234,133 @@ class Window:
         pass
 
 
-def test_keys(ranks, monkeypatch, capsys):
+@pytest.fixture
+def press(monkeypatch):
+    """Shows a scene and presses keys: numbers of shapes and of points shown at first and after each."""
     needs(why_no_open3d())
     import open3d
 
-    made = []
     real = open3d.visualization.Visualizer()
     real.create_window(width=64, height=64, visible=False)
     monkeypatch.setattr(Window, "get_render_option", lambda self: real.get_render_option(), raising=False)
     monkeypatch.setattr(Window, "get_view_control", lambda self: real.get_view_control(), raising=False)
-    monkeypatch.setattr(open3d.visualization, "VisualizerWithKeyCallback", lambda: (made.append(Window()), made[0])[1])
     monkeypatch.setattr(o3d, "why_no_open3d", lambda: None)
-    monkeypatch.setenv("DISPLAY", ":0")
-    show(Scene(ranks, k=3))
+    monkeypatch.setattr(o3d, "_has_display", lambda: True)
+
+    def pressed(scene, keys):
+        window = Window(keys)
+        monkeypatch.setattr(open3d.visualization, "VisualizerWithKeyCallback", lambda: window)
+        show(scene)
+        return window.counts
+
+    yield pressed
     real.destroy_window()
+
+
+def test_keys(ranks, press, capsys):
+    counts = press(Scene(ranks, k=3), [*"BBMMN", 262, "P", "H"])
     points, plates = len(block(1)), 4
     all_, bare = (1 + plates, 4 * points), (1 + plates, 4 * (points - 1))
-    assert made[0].counts == [all_, bare, *[all_] * 7]
+    assert counts == [all_, bare, *[all_] * 7]
     printed = capsys.readouterr().out
     assert printed.count("mesh needs the body of each cloud") == 2
     assert "1 of 2" in printed and "2 of 2" in printed and printed.count("N, P: next") == 2
+
+
+def test_on_to_clouds_without_bodies(converted, press, monkeypatch, capsys):
+    kept = o3d._Source.body
+    monkeypatch.setattr(o3d._Source, "body", lambda self, i: kept(self, i) if i == 0 else ("", {}))
+    counts = press(Scene(converted), "MNP")
+    first, other = (len(Scene(converted, query=i).points[0]) for i in (0, 1))
+    assert counts[0] == (3, first) and counts[1][0] == 5  # a cloud and two plates, and two bodies
+    assert counts[2:] == [(3, other), (3, first)]
+    assert capsys.readouterr().out.count("mesh needs the body of each cloud") == 1
+
+
+@pytest.mark.parametrize("mesh", ["", "M"])
+def test_on_to_a_cloud_that_is_not_there(converted, press, capsys, mesh):
+    names = [converted.query.names[0], "gone.jpg", *converted.query.names[2:]]
+    ranks = replace(converted, query=replace(converted.query, names=names))
+    counts = press(Scene(ranks), f"{mesh}NB")
+    assert counts[len(mesh)] == counts[len(mesh) + 1]  # it stays, as it was
+    printed = capsys.readouterr().out
+    assert printed.count("dataset must hold the cloud of gone.jpg") == 1 and "2 of " not in printed
+
+
+@pytest.fixture
+def run(ranks, tmp_path):
+    """Features as `reid3d view` reads them."""
+    ranks.query.save(tmp_path / "query.safetensors")
+    ranks.gallery.save(tmp_path / "gallery.safetensors")
+    return tmp_path
+
+
+def test_png_of_the_command(run, capfd):
+    needs(why_no_open3d())
+    out = run / "ranks.png"
+    assert cli.main(["view", str(run), "--png", str(out), "--query", "1", "-k", "1"]) == 0
+    assert capfd.readouterr().out == f"{out}\n"
+    pixels = np.asarray(Image.open(out)).astype(int)
+    seen = {pid: (np.abs(pixels - colour) < 12).all(2).sum() for pid, colour in COLOURS.items()}
+    assert seen[2] > 2000 and seen[1] == seen[3] == 0
+
+
+# Runs the command with a window that presses its keys itself, and keeps what is seen after each.
+PRESSING = """
+import sys
+import numpy as np
+import open3d
+from reid3d import cli
+
+class Pressing:
+    keys, window = {}, open3d.visualization.VisualizerWithKeyCallback()
+
+    def __getattr__(self, name):
+        return getattr(self.window, name)
+
+    def register_key_callback(self, key, action):
+        self.keys[key] = action
+
+    def run(self):
+        seen = []
+        for keys in ((), [262] * 9, [ord("N")], [ord("M")]):
+            for key in keys:
+                self.keys[key](self)
+            seen.append(np.asarray(self.capture_screen_float_buffer(do_render=True)))
+        np.save(sys.argv[1], np.rint(np.stack(seen) * 255).astype(np.uint8))
+
+open3d.visualization.VisualizerWithKeyCallback = Pressing
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_a_window_on_a_display(run):
+    needs(why_no_open3d())
+    needs(None if shutil.which("Xvfb") else "Xvfb is not installed: apt-get install xvfb")
+    read, write = os.pipe()
+    server = subprocess.Popen(
+        ["Xvfb", "-displayfd", str(write), "-screen", "0", "1700x900x24"], pass_fds=[write], stderr=subprocess.DEVNULL
+    )
+    os.close(write)
+    try:
+        with open(read) as told:
+            display = f":{told.readline().strip()}"
+        command = [sys.executable, "-c", PRESSING, run / "seen.npy", "view", run, "--open3d"]
+        environment = {**os.environ, "DISPLAY": display}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    finally:
+        server.terminate()
+        server.wait()
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2" in done.stdout and "2 of 2" in done.stdout and "Open3D" not in done.stdout
+    assert done.stdout.count("mesh needs the body of each cloud") == 1
+    first, turned, other, same = np.load(run / "seen.npy").astype(int)
+
+    def columns(pixels, pid):
+        return np.flatnonzero((np.abs(pixels - COLOURS[pid]) < 12).all(2).any(0))
+
+    assert first.shape == (800, 1600, 3) and len(columns(first, 1)) > 100
+    assert len(columns(turned, 1)) < 0.8 * len(columns(first, 1))  # from the side they are half as wide
+    assert columns(turned, 1).max() < columns(turned, 3).min()
+    assert columns(other, 2).max() < columns(other, 1).min()  # the next query and its match
+    assert np.array_equal(other, same)
