@@ -233,6 +233,88 @@ def test_a_folder_loads_what_is_scrolled_to(ranks, opened, tmp_path):
     assert asked
 
 
+def test_two_fingers_zoom_and_one_turns(page_file, opened):
+    page = opened(page_file, has_touch=True)
+    page.set_viewport_size({"width": 375, "height": 900})
+    before = shown(page)
+    page.locator(".cloud").first.scroll_into_view_if_needed()
+    box = page.locator(".cloud").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    touch = page.context.new_cdp_session(page)
+
+    def fingers(kind, *at):
+        points = [{"x": across, "y": y, "id": i} for i, across in enumerate(at)]
+        touch.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points})
+
+    look = "(({ yaw, zoom }) => [yaw, zoom])(views.get(document.querySelector('.cloud')))"
+    yaw, zoom = page.evaluate(look)
+    fingers("Start", x - 20, x + 20)
+    fingers("Move", x - 40, x + 40)
+    fingers("End")
+    assert page.evaluate(look) == [yaw, pytest.approx(2 * zoom)]
+    drawn(page)
+    assert (pixels(page)[..., 3] > 0).sum() > (before[..., 3] > 0).sum()
+    fingers("Start", x)
+    fingers("Move", x + 30)
+    fingers("End")
+    turned, same = page.evaluate(look)
+    assert turned == pytest.approx(yaw - 0.3, abs=0.16) and turned < yaw and same == pytest.approx(2 * zoom)
+
+
+def test_cards_that_come_and_go_while_they_load(page_file, opened):
+    """Shown, hidden and shown again before the first has come: one cloud. Hidden before it has come: none."""
+    page = opened(page_file)
+    shown(page)
+    counts = page.evaluate(
+        """async () => {
+          const pause = time => new Promise(done => setTimeout(done, time));
+          const [first, second, third] = document.querySelector('.row').cards;
+          for (const card of [first, second, third]) card.hide();
+          first.show(); first.hide(); first.show();
+          second.show(); second.hide();
+          while (!first.querySelector('.cloud')) await pause(20);
+          third.show();  // after which all that was asked for before has come
+          while (!third.querySelector('.cloud')) await pause(20);
+          return [first, second, third].map(card => card.querySelectorAll('.cloud').length);
+        }"""
+    )
+    assert counts == [1, 0, 1]
+
+
+def test_a_row_turns_while_one_of_its_clouds_is_still_coming(page_file, opened):
+    page = opened(page_file)
+    shown(page)
+    yaws = page.evaluate(
+        """async () => {
+          const pause = time => new Promise(done => setTimeout(done, time));
+          const [first, second] = document.querySelector('.row').cards, read = Response.prototype.arrayBuffer;
+          let go; const wait = new Promise(done => go = done);
+          Response.prototype.arrayBuffer = async function () { await wait; return read.call(this); };
+          second.hide(); second.show();
+          await pause(100);
+          const cloud = first.querySelector('.cloud'), before = views.get(cloud).yaw;
+          cloud.dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowLeft' }));
+          go(); Response.prototype.arrayBuffer = read;
+          while (!second.querySelector('.cloud')) await pause(20);
+          return [before, views.get(cloud).yaw];
+        }"""
+    )
+    assert yaws[1] == pytest.approx(yaws[0] + 0.1)
+
+
+def test_a_piece_of_a_folder_that_is_gone_is_said_on_its_cards(ranks, browser, tmp_path):
+    path = view(ranks, tmp_path / "pages", queries=500)
+    (path.parent / "items-000.js").unlink()
+    page = browser.new_page()
+    thrown = []
+    page.on("pageerror", lambda error: thrown.append(str(error)))
+    page.goto(path.as_uri())
+    page.locator(".lost").first.wait_for()
+    assert "items-000.js is not there" in page.locator(".lost").first.inner_text()
+    page.close()
+    assert thrown == []
+
+
 def test_without_webgl_points_are_drawn_all_the_same(page_file, browser, tmp_path):
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.add_init_script(
