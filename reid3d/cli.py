@@ -220,11 +220,11 @@ def _parser() -> _Parser:
     view.add_argument("--out", metavar="FILE|DIR", type=Path, default=Path("ranks.html"), help=out_help)
     view.add_argument("--data", metavar="DIR", type=Path, help="default: the folder the features were made from")
     _number(view, "--queries", 12, "queries to show")
+    _number(view, "-k", None, "matches beside each query (default: 6 in a page, 5 in Open3D)")
     window = view.add_argument_group("Open3D, in place of a page")
     window.add_argument("--open3d", action="store_true", help="a window with a query and its matches, and keys")
     window.add_argument("--png", metavar="FILE", type=Path, help="the same as a picture, without a display")
     window.add_argument("--query", metavar="QUERY", default="0", help="the first, by its name or number (default: 0)")
-    _number(window, "-k", 5, "matches beside the query")
     of_clouds = (
         "RUN is a cloud (.ply, .obj, .glb), PATH:INDEX or PATH:NAME, one of a folder of clouds or of a shard, or"
     )
@@ -831,12 +831,13 @@ def _view(options: argparse.Namespace) -> None:
         raise FileNotFoundError(f"no such folder of a run or of features: {what}")
     folder = what / "features" if (what / "features").is_dir() else what
     run = next((one for one in (what, what.parent) if (one / "config.yaml").is_file()), None)
-    if run == what and not _feature_file(folder, "query").is_file():
+    logged = (what / "metrics.jsonl").is_file()  # left by a training that was stopped, where it is all there is
+    if (run == what or logged) and not all(_feature_file(folder, split).is_file() for split in ("query", "gallery")):
         return _view_unfinished(options, what)
     from .data import open_dataset
     from .retrieval import Features, search
     from .viewer import view
-    from .viewer.html import ranked
+    from .viewer.html import MATCHES, ranked
 
     query, gallery = (Features.load(_feature_file(folder, split)) for split in ("query", "gallery"))
     if (query.made_by, query.source) != (gallery.made_by, gallery.source):
@@ -847,11 +848,15 @@ def _view(options: argparse.Namespace) -> None:
         )
     dataset = open_dataset(options.data) if options.data else None
     scores = _own_scores(run, query, gallery)
-    ranks = search(query, gallery, cross_camera=True) if scores is None else ranked(query, gallery, scores)
-    if options.open3d or options.png:
-        _view_open3d(options, ranks, dataset)
+    k = options.k if options.k is not None else 5 if options.open3d or options.png else MATCHES
+    if scores is None:
+        ranks = search(query, gallery, k, cross_camera=True)
     else:
-        print(view(ranks, options.out, dataset=dataset, queries=options.queries, scores=scores, run=run))
+        ranks = ranked(query, gallery, scores, k)
+    if options.open3d or options.png:
+        _view_open3d(options, ranks, dataset, k)
+    else:
+        print(view(ranks, options.out, dataset=dataset, queries=options.queries, k=k, scores=scores, run=run))
 
 
 def _view_unfinished(options: argparse.Namespace, run: Path) -> None:
@@ -860,30 +865,27 @@ def _view_unfinished(options: argparse.Namespace, run: Path) -> None:
     if options.open3d or options.png:
         raise FileNotFoundError(f"{run} has no features to show: reid3d eval {run} DATA makes them")
     if (run / "model.safetensors").is_file():
-        message = f"This run has no features yet: reid3d eval {run} DATA ranks queries by it."
+        message = f"This run has no features of queries and gallery yet: reid3d eval {run} DATA makes them."
     else:
-        message = "This run has no weights yet: its training has not come to the end of an epoch."
+        message = "This run has no weights (model.safetensors): the reid3d train command that began it goes on with it."
     print(report(run, options.out, message))
 
 
 def _own_scores(run: Path | None, query: Any, gallery: Any) -> Any:
     """Of a run whose model has a matcher, if the features are known to be its; else None: cosines."""
-    from .config import read_config
     from .models import create_model
     from .retrieval import pair_scores
+    from .viewer.html import has_matcher
 
-    if run is None or not (run / "model.safetensors").is_file():
-        return None
-    config = read_config(str(run / "config.yaml"))
-    if not hasattr(create_model(config.model.name, **config.model.kwargs), "scores"):
+    if run is None or not (run / "model.safetensors").is_file() or not has_matcher(run):
         return None
     return pair_scores(create_model(weights=run / "model.safetensors"), query, gallery)
 
 
-def _view_open3d(options: argparse.Namespace, ranks: Any, dataset: Any) -> None:
+def _view_open3d(options: argparse.Namespace, ranks: Any, dataset: Any, k: int) -> None:
     from .viewer.o3d import Scene, render, show
 
-    scene = Scene(ranks, dataset, _row(ranks.query.names, options.query, options.what), options.k)
+    scene = Scene(ranks, dataset, _row(ranks.query.names, options.query, options.what), k)
     if options.png:
         print(render(scene, options.png))
     if options.open3d:

@@ -1,5 +1,6 @@
 """The command line: what each command reads and writes, exit codes, and one-line errors."""
 
+import html
 import json
 import os
 import re
@@ -156,6 +157,53 @@ def test_eval_and_view(run, data, capsys, tmp_path):
         assert call(capsys, "view", features, "--out", tmp_path / "other.html", "--data", moved)[0] == 0
     finally:
         moved.rename(data)
+
+
+def test_view_of_runs_that_did_not_end(run, data, capsys, tmp_path):
+    """Each a page, with what is missing and the command that comes next; all of it where nothing is."""
+    line = '{"epoch": 1, "loss": 2.0, "lr": 0.1}\n'
+
+    def folder(name, **texts):
+        (tmp_path / name).mkdir()
+        for file, text in texts.items():
+            (tmp_path / name / file.replace("_", ".")).write_text(text)
+        return tmp_path / name
+
+    config = f"data: {data}\nout: o\nmodel: {{name: ognet_small}}\n"
+    empty = folder("empty 'é\" & run", config_yaml=config)
+    failed = folder("failed", config_yaml=config, metrics_jsonl=line + '{"epoch": 2, "lo')
+    logged = folder("logged", metrics_jsonl=line)
+    trained = folder("trained", config_yaml=config, metrics_jsonl=line)
+    shutil.copy(run / "model.safetensors", trained)
+    page = tmp_path / "page.html"
+
+    def shown(what):
+        code, out, err = call(capsys, "view", what, "--out", page)
+        assert (code, out) == (0, f"{page}\n"), err
+        return html.unescape(page.read_text())
+
+    for what, curves in ((empty, 0), (failed, 2), (logged, 2)):
+        text = shown(what)
+        assert "has no weights (model.safetensors): the reid3d train command" in text and str(what) in text
+        assert text.count("<svg") == curves
+    ends = f"has no features of queries and gallery yet: reid3d eval {trained} DATA makes them."
+    assert ends in shown(trained)
+    assert call(capsys, "eval", trained, data)[0] == 0
+    text = shown(trained)
+    assert ends not in text and "Rank-1" in text and text.count("<svg") == 5 and '"kind":"query"' in text
+    (trained / "features" / "gallery.safetensors").unlink()
+    assert ends in shown(trained)
+    code, _, err = call(capsys, "view", logged, "--png", tmp_path / "a.png")
+    assert code == 1 and "has no features to show" in one_error(err)
+
+
+def test_view_shows_k_matches(run, data, capsys, tmp_path):
+    assert call(capsys, "eval", run, data, "--features", tmp_path / "f")[0] == 0
+    page = tmp_path / "page.html"
+    for k in (1, 3):
+        assert call(capsys, "view", tmp_path / "f", "--out", page, "-k", k)[0] == 0
+        rows = json.loads(re.search(r'id="report">(.*?)</script>', page.read_text())[1])["rows"]
+        assert {sum("place" in card and "missed" not in card for card in row["cards"]) for row in rows} == {k}
 
 
 def test_five_lines_of_python_give_the_figures_of_eval(run, data, capsys, tmp_path):

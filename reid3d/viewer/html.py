@@ -6,8 +6,9 @@ item travels as JSON {"name", "pid", "cam", "crop"}: crop is base64 of a WebP pi
 aspect, s, tx, ty] of its record, "size", "body", "origin", "step", "depth", "data"}: data is base64 of the zlib stream
 of
 
-* x, y, z of the `body` points of the body, from top to bottom: differences from the point before, in steps from the
-  origin, modulo 2**16, the low bytes of all x, then the high ones, then those of y and z;
+* x, y, z of the `body` points of the body, from top to bottom: differences d from the point before, in steps from the
+  origin, modulo 2**16 and from -2**15 on, as 2 d or, below 0, -2 d - 1: the low bytes of all x, then the high ones,
+  then those of y and z;
 * their parts of the body (uint8, 255 unknown);
 * a bit for each pixel of the crop, from the highest bit of a byte on, whether it holds a point of the background, which
   lies at `depth`.
@@ -42,6 +43,7 @@ CHUNK = 48  # items loaded at once
 STEP = 0.002  # metres
 HEIGHT = 160  # pixels of a crop that stands for itself
 BINS = 60  # of distances
+COSINES = "The weights of this model are not in the run: ranks are by cosines of its features, not by its own matcher."
 PARTS = {  # of the body, by what is in the names of its joints; the first that fits
     "head": ("head", "neck", "jaw"),
     "arms": ("elbow", "wrist", "hand", "shoulder", "collar"),
@@ -58,6 +60,7 @@ def view(
     *,
     dataset: Source | None = None,
     queries: int = 12,
+    k: int = MATCHES,
     scores: np.ndarray | None = None,
     run: str | Path | None = None,
 ) -> Path:
@@ -65,7 +68,7 @@ def view(
     curves of the evaluation.
 
     Shows up to `queries` queries, a third each the worst, the best (by average precision) and drawn at random (always
-    the same ones), with up to 6 matches each, and up to 2 that come later; about 8 kB a cloud of 128 x 64. Use
+    the same ones), with up to k matches each, and up to 2 that come later; about 8 kB a cloud of 128 x 64. Use
     `search(..., cross_camera=True)` for the order that `evaluate` scores.
 
     Args:
@@ -74,26 +77,33 @@ def view(
             scrolled: for thousands of queries.
         dataset: where the clouds or crops are; None for the folder that the features came from.
         queries: how many.
+        k: matches of each, of those that the ranks have.
         scores: (Q, G) float32, where the ranks are not by cosine.
-        run: folder of the training, whose curves are shown too.
+        run: folder of the training, whose curves are shown too, with a word where its model ranks by a matcher of its
+            own and there are no scores.
 
     Returns: the page.
 
-    Raises: ValueError when queries < 1, there are no queries, or a cloud that the features name is not in the data set;
-        FileNotFoundError when the folder is gone; OSError naming `out`.
+    Raises: ValueError when queries or k < 1, there are no queries, a cloud that the features name is not in the data
+        set, or the config of the run cannot be read; FileNotFoundError when the folder is gone; OSError naming `out`.
     """
     if queries < 1:
         raise ValueError(f"queries must be at least 1, got {queries}")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     if not len(ranks.query):
         raise ValueError("ranks must have queries, got none")
     query, gallery = _Source(ranks.query, dataset), _Source(ranks.gallery, dataset)
     result = _result(ranks, scores)
     shown = _choose(result, len(ranks.query), queries)
     items = _Items()
-    later = _later(ranks, list(shown), scores) if result else {}
-    rows = [_row(items, ranks, result, i, groups, query, gallery, later.get(i, [])) for i, groups in shown.items()]
+    later = _later(ranks, list(shown), k, scores) if result else {}
+    rows = [_row(items, ranks, result, i, k, groups, query, gallery, later.get(i, [])) for i, groups in shown.items()]
     curves = _evaluated(ranks, result, scores) if result else ""
-    return _write(Path(out), _header(ranks, result, len(shown)), rows, items.encoded(), curves + _trained(run))
+    header = _header(ranks, result, len(shown))
+    if scores is None and run is not None and has_matcher(run):
+        header += f"<p class='notice'>{COSINES}</p>"
+    return _write(Path(out), header, rows, items.encoded(), curves + _trained(run))
 
 
 def report(run: str | Path, out: str | Path, message: str) -> Path:
@@ -103,6 +113,18 @@ def report(run: str | Path, out: str | Path, message: str) -> Path:
     """
     header = f"<p class='counts'>{escape(str(run))}</p><p class='notice'>{escape(message)}</p>"
     return _write(Path(out), header, [], [], _trained(run))
+
+
+def has_matcher(run: str | Path) -> bool:
+    """Whether the model of a run's config.yaml ranks by a matcher of its own (`retrieval.pair_scores`)."""
+    from ..config import read_config
+    from ..models import create_model
+
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        return False
+    model = read_config(str(path)).model
+    return hasattr(create_model(model.name, **model.kwargs), "scores")
 
 
 def ranked(q: Features, g: Features, scores: np.ndarray, k: int = MATCHES) -> Ranks:
@@ -186,22 +208,23 @@ def encode_cloud(cloud: PointCloud, record: Record, body_model: str = "") -> dic
     flat = np.where(inside, place[:, 1] * width + place[:, 0], -1).astype(np.int64)
     xyz = cloud.xyz[body].astype(np.float64)
     order = np.lexsort((xyz[:, 0], place[body, 1]))
-    low, high = xyz.min(0), xyz.max(0)
+    low, high = np.floor(xyz.min(0) * 1e4) / 1e4, xyz.max(0)
     step = max(STEP, float((high - low).max()) / 65535)
     steps = np.round((xyz[order] - low) / step).astype(np.int64)
-    moves = np.diff(steps, axis=0, prepend=0).astype("<u2")
-    bytes_ = np.ascontiguousarray(moves.T).view(np.uint8).reshape(3, -1, 2).transpose(0, 2, 1)
+    moves = np.diff(steps, axis=0, prepend=0).astype("<i2").astype(np.int64)
+    folded = np.where(moves < 0, -2 * moves - 1, 2 * moves).astype("<u2")  # small ones of either sign: no high byte
+    bytes_ = np.ascontiguousarray(folded.T).view(np.uint8).reshape(3, -1, 2).transpose(0, 2, 1)
     mask = np.zeros(height * width, bool)
     mask[flat[~body & inside]] = True
     data = bytes_.tobytes() + _parts(cloud.vertex[body][order], body_model).tobytes() + np.packbits(mask).tobytes()
     return {
         "crop": _webp(Image.fromarray(_crop(cloud.rgb, flat, height, width))),
-        "view": [float(scale[0]), float(s), float(tx), float(ty)],
+        "view": [float(f"{value:.7g}") for value in (*scale, tx, ty)],
         "size": [height, width],
         "body": int(body.sum()),
-        "origin": low.tolist(),
+        "origin": low.round(4).tolist(),
         "step": step,
-        "depth": float(cloud.xyz[~body, 2].mean()) if (~body).any() else float(xyz[:, 2].mean()),
+        "depth": round(float((cloud.xyz[~body, 2] if (~body).any() else xyz[:, 2]).mean()), 6),
         "data": base64.b64encode(zlib.compress(data, 9)).decode(),
     }
 
@@ -237,7 +260,7 @@ def _parts(vertex: np.ndarray, body_model: str) -> np.ndarray:
 
 def _webp(picture: Image.Image) -> str:
     file = io.BytesIO()
-    picture.save(file, "WEBP", quality=85)
+    picture.save(file, "WEBP", quality=75)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -281,7 +304,9 @@ def _blocks(ranks: Ranks, scores: np.ndarray | None) -> Iterator[tuple[slice, np
         yield rows, scores[rows]
 
 
-def _later(ranks: Ranks, shown: Sequence[int], scores: np.ndarray | None) -> dict[int, list[tuple[int, int, float]]]:
+def _later(
+    ranks: Ranks, shown: Sequence[int], k: int, scores: np.ndarray | None
+) -> dict[int, list[tuple[int, int, float]]]:
     """{query: its first matches beyond those shown, as (gallery row, place, similarity)}."""
     q, g, found = ranks.query, ranks.gallery, {}
     wanted = set(shown)
@@ -290,7 +315,7 @@ def _later(ranks: Ranks, shown: Sequence[int], scores: np.ndarray | None) -> dic
             counted = _counted(q, g, i)
             order = np.flatnonzero(counted)[np.argsort(-sim[i - rows.start, counted], kind="stable")]
             places = np.flatnonzero(g.pids[order] == q.pids[i])
-            first = set(ranks.idx[i, :MATCHES].tolist())
+            first = set(ranks.idx[i, :k].tolist())
             late = [(int(order[p]), int(p) + 1) for p in places.tolist() if int(order[p]) not in first][:MISSED]
             found[i] = [(at, place, float(sim[i - rows.start, at])) for at, place in late]
     return found
@@ -325,6 +350,7 @@ def _row(
     ranks: Ranks,
     result: Result | None,
     i: int,
+    k: int,
     groups: list[str],
     query: _Source,
     gallery: _Source,
@@ -334,7 +360,7 @@ def _row(
     cards: list[dict[str, Any]] = [{"item": items.number(query, i), "kind": "query"}]
     first = [
         (at, place, float(sim))
-        for place, (at, sim) in enumerate(zip(ranks.idx[i, :MATCHES].tolist(), ranks.sim[i, :MATCHES], strict=True), 1)
+        for place, (at, sim) in enumerate(zip(ranks.idx[i, :k].tolist(), ranks.sim[i, :k], strict=True), 1)
         if at != -1
     ]
     for at, place, sim in (*first, *later):
@@ -429,14 +455,14 @@ def _camera_table(pairs: Mapping[tuple[int, int], list[tuple[float, float]]]) ->
         if not found:
             return "<td></td>"
         rank1, precision = (100 * sum(values) / len(found) for values in zip(*found, strict=True))
-        shown = f"{rank1:.0f} <small>{precision:.0f}</small>"
+        shown = f"{rank1:.0f} <small>{precision:.0f} · {len(found)}</small>"
         return f"<td style='--share:{rank1:.0f}%' title='{len(found)} queries'>{shown}</td>"
 
     head = "".join(f"<th>{camid}</th>" for camid in ends)
     body = "".join(f"<tr><th>{start}</th>{''.join(cell(start, end) for end in ends)}</tr>" for start in starts)
     return (
-        "<h3>From camera to camera</h3><p class='counts'>Rank-1 and, small, mAP, %: a row for each camera of the "
-        "queries, a column for the camera of the gallery searched alone</p>"
+        "<h3>From camera to camera</h3><p class='counts'>Rank-1 and, small, mAP, %, and how many queries: a row for "
+        "each camera of the queries, a column for the camera of the gallery searched alone</p>"
         f"<div class='scroll'><table class='cameras'><tr><th></th>{head}</tr>{body}</table></div>"
     )
 
@@ -466,7 +492,7 @@ def _chart(title: str, lines: Sequence[_Line], across: str, up: str, top_value: 
     (x0, x1) = _range([value for line in lines for value in line.x], False)
     (y0, y1) = _range([value for line in lines for value in line.y], True)
     y1 = top_value or y1
-    left, top, width, height = 46, 10, 300, 170
+    left, top, width, height = 54, 10, 300, 170
 
     def point(x: float, y: float) -> str:
         return f"{left + width * (x - x0) / (x1 - x0):.1f},{top + height * (1 - (y - y0) / (y1 - y0)):.1f}"
@@ -489,7 +515,7 @@ def _chart(title: str, lines: Sequence[_Line], across: str, up: str, top_value: 
     label = f"{escape(title)}{f', {escape(up)}' if up else ''}"
     return (
         f"<figure class='chart'><figcaption>{label}</figcaption>"
-        f"<svg viewBox='0 0 356 220' role='img' aria-label='{label}'>{''.join(parts)}</svg></figure>"
+        f"<svg viewBox='0 0 364 220' role='img' aria-label='{label}'>{''.join(parts)}</svg></figure>"
     )
 
 

@@ -19,7 +19,7 @@ from reid3d.io import Record, write_shard
 from reid3d.preprocess.body import load_body
 from reid3d.retrieval import Features, evaluate, search
 from reid3d.viewer import view
-from reid3d.viewer.html import MATCHES, MISSED, PARTS, _parts, ranked, report
+from reid3d.viewer.html import MATCHES, MISSED, PARTS, _parts, has_matcher, ranked, report
 from tests.capsules import capsule_person, write_capsules
 
 VOID = {"meta", "input", "br", "link", "img"}
@@ -69,7 +69,8 @@ def decode(item: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The body's points from top to bottom, their parts, where the background is, and the crop."""
     raw, n, (height, width) = zlib.decompress(base64.b64decode(item["data"])), item["body"], item["size"]
     planes = np.frombuffer(raw, np.uint8, 6 * n).reshape(3, 2, n).astype(np.int64)
-    steps = (planes[:, 0] + 256 * planes[:, 1]).cumsum(1) % 65536
+    moves = planes[:, 0] + 256 * planes[:, 1]
+    steps = np.where(moves % 2, -(moves + 1) // 2, moves // 2).cumsum(1) % 65536
     mask = np.unpackbits(np.frombuffer(raw, np.uint8, offset=7 * n))[: height * width].astype(bool)
     crop = np.asarray(Image.open(io.BytesIO(base64.b64decode(item["crop"]))).convert("RGB"))
     part = np.frombuffer(raw, np.uint8, n, 6 * n)
@@ -133,6 +134,18 @@ def test_matches_that_come_later_are_shown_with_their_places(page, ranks):
         assert all(card["kind"] == "right" for card in late)
         missed += len(late)
     assert missed > 0
+
+
+def test_k_matches(ranks, tmp_path):
+    """With what comes later right behind them; as many as the ranks have where that is less."""
+    for k, many in ((2, 2), (8, 8), (30, 10)):
+        page = Page(view(ranks, tmp_path / "page.html", k=k))
+        for row in page.rows:
+            matches = row["cards"][1:]
+            assert [card["place"] for card in matches if "missed" not in card] == list(range(1, many + 1))
+            assert all(card["place"] > many for card in matches if "missed" in card)
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        view(ranks, tmp_path / "page.html", k=0)
 
 
 def test_each_item_is_kept_once(page):
@@ -228,7 +241,7 @@ def test_the_same_ranks_give_the_same_page_and_no_other_file(ranks, tmp_path):
 
 
 def test_size_of_a_full_page(tmp_path):
-    """12 queries and 72 matches of 128 x 64, all different and noisy: 2,500 such are 30 MB."""
+    """12 queries and 72 matches of 128 x 64, all different and noisy: 5,000 such are 30 MB."""
     clouds, records = [], []
     for i in range(84):
         cloud, record = capsule_person(i + 1, 1, i)
@@ -241,7 +254,7 @@ def test_size_of_a_full_page(tmp_path):
     names = [record.name for record in records]
     everything = Features(feats, split.pids, split.camids, names, None, str(tmp_path), "all")
     path = view(search(everything, everything), tmp_path / "page.html")
-    assert path.stat().st_size < 84 * 12e3 + 5e4
+    assert path.stat().st_size < 84 * 6e3 + 5e4
 
 
 NAMES = ["<script>alert(1)</script>.jpg", "'onmouseover=alert(1) x='.jpg", "</script><b>&amp;.jpg", "<!--clouds-->.jpg"]
@@ -332,12 +345,12 @@ def test_curves_by_hand(tmp_path):
 
 def test_the_table_of_cameras(ranks, tmp_path):
     text = view(ranks, tmp_path / "page.html").read_text()
-    cells = re.findall(r"title='(\d+) queries'>(\d+) <small>(\d+)", text)
+    cells = re.findall(r"title='(\d+) queries'>(\d+) <small>(\d+) · (\d+)<", text)
     q, g = ranks.query, ranks.gallery
     for found, (start, end) in zip(cells, [(1, 2), (2, 1)], strict=True):
         one, other = q.subset(np.flatnonzero(q.camids == start)), g.subset(np.flatnonzero(g.camids == end))
         result = evaluate(one, other, "mean")
-        assert found == (str(len(one)), f"{100 * result.cmc[0]:.0f}", f"{100 * result.mAP:.0f}")
+        assert found == (str(len(one)), f"{100 * result.cmc[0]:.0f}", f"{100 * result.mAP:.0f}", str(len(one)))
 
 
 def test_crops_of_2d_methods(tmp_path):
@@ -355,6 +368,18 @@ def test_crops_of_2d_methods(tmp_path):
     for item in page.items:
         picture = Image.open(io.BytesIO(base64.b64decode(item["crop"])))
         assert picture.format == "WEBP" and picture.size == (80, 160)
+
+
+@pytest.mark.parametrize(("model", "said"), [("qaconv50", True), ("ognet_small", False)])
+def test_cosines_in_place_of_a_matcher_are_said(ranks, tmp_path, model, said):
+    (tmp_path / "config.yaml").write_text(f"data: d\nout: o\nmodel: {{name: {model}}}\n")
+    assert has_matcher(tmp_path) == said
+    words = " ".join(Page(view(ranks, tmp_path / "page.html", run=tmp_path)).words)
+    assert ("ranks are by cosines of its features, not by its own matcher" in words) == said
+    scores = np.random.default_rng(0).standard_normal((len(ranks.query), len(ranks.gallery))).astype(np.float32)
+    own = ranked(ranks.query, ranks.gallery, scores)
+    words = " ".join(Page(view(own, tmp_path / "page.html", run=tmp_path, scores=scores)).words)
+    assert "not by its own matcher" not in words
 
 
 def test_pages_of_runs_that_did_not_end(tmp_path):
