@@ -27,8 +27,8 @@ CLOUD_FILES = (".ply", ".obj", ".glb")
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 RATES = (0.01, 0.001)  # of false matches
 STUDIES = (
-    *("inputs", "models", "transfer", "components", "shortcut", "k", "density", "views", "fit", "postproc"),
-    *("plr_osnet", "relation", "rmgl"),
+    *("inputs", "background", "models", "transfer", "components", "shortcut", "k", "density", "views", "fit"),
+    *("postproc", "plr_osnet", "relation", "rmgl"),
 )
 CLOCKS = ("frames", "seconds", "market-continuous", "market-official", "duke")
 KNOBS = {  # of a synthetic world

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from .study import Row, Study, Trial
+from .study import Bodies, Row, Study, Trial
 
 Budget = Literal["cpu", "gpu", "paper"]
 
@@ -93,6 +93,30 @@ def inputs(size: Size) -> Study:
         ),
     )
     return Study("inputs", "What the points are", rows)
+
+
+def background(size: Size) -> Study:
+    """Why the background pays or does not: it holds what is worn beyond the body, and takes points from the body, which
+    is about a quarter of a crop. A synthetic world tells which of its pixels are the person's.
+    """
+    centres = size.net.get("init_points", 768)  # of the first sampling
+
+    def of(name: str, share: float = 1.0, *words: str, bodies: Bodies = "fitted") -> Row:
+        points, sampled = round(share * size.points), round(share * centres)
+        kwargs: dict[str, Any] = {}
+        if share != 1:
+            words, kwargs = (*words, "--cloud.points", str(points)), {"init_points": sampled}
+        return ognet(size, f"{name}: {points} points, {sampled} centres", words=words, kwargs=kwargs, bodies=bodies)
+
+    alone = ("--cloud.background", "false")
+    rows = (
+        of("visible part", 0.25, *alone),
+        of("visible part", 1, *alone),
+        of("and the rest of the person", bodies="person"),
+        of("and background"),
+        of("and background", min(4, 8192 / size.points)),
+    )
+    return Study("background", "What the background adds and takes", rows)
 
 
 def models(size: Size) -> Study:
@@ -262,7 +286,10 @@ def rmgl(size: Size) -> Study:
     return Study("rmgl", "Parts of RMGL", rows)
 
 
-MAKERS = (inputs, models, transfer, components, shortcut, k, density, views, fit, postproc, plr_osnet, relation, rmgl)
+MAKERS = (
+    *(inputs, background, models, transfer, components, shortcut, k, density, views, fit, postproc),
+    *(plr_osnet, relation, rmgl),
+)
 STUDIES: dict[str, Callable[[Size], Study]] = {maker.__name__: maker for maker in MAKERS}
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import __version__
+from . import bench
 from .cloud import PointCloud
 from .config import ModelConfig, TrainConfig, dump_config, read_config, recipes
 from .data import CloudDataset, ImageDataset, open_clouds, open_dataset, validate_protocol
@@ -40,7 +40,7 @@ from .train import train
 
 TIMED = 8  # items in a batch whose time is taken
 PAUSE = 5.0  # seconds between looks at runs that other processes are at
-Bodies = Literal["fitted", "mean", "true"]
+Bodies = Literal["fitted", "mean", "true", "person"]
 
 
 class Trial(NamedTuple):
@@ -63,8 +63,9 @@ class Row(NamedTuple):
 
     recipe: a packaged name or a YAML file; None for the defaults. model: in place of the recipe's. kwargs: of it,
     beside the recipe's where the model is the recipe's. words: dotted overrides. bodies: in its clouds, "fitted",
-    "mean" for an upright one, or "true", as a synthetic world tells. trained_on: which of the data sets. paper:
-    published Rank-1 and mAP, %, by name of the data set. x: its place on the axis of the plot.
+    "mean" for an upright one, or, as a synthetic world tells, "true", and "person" for fitted ones with the person's
+    other pixels in place of all the background. trained_on: which of the data sets. paper: published Rank-1 and mAP, %,
+    by name of the data set. x: its place on the axis of the plot.
     """
 
     name: str
@@ -171,11 +172,12 @@ def run_study(
         clock: of the images' times, see `clock_seconds`.
         say: told of each result as it comes.
 
-    Returns: {"suite", "title", "axis", "data", "protocol", "threads", "version", "rows": [{"recipe", the row's name,
-        "model", "inputs", "x", "paper", "rank1", "mAP", "mINP" and their "_std", "chance_mAP", "runs": [...]}]}, shares
-        in [0, 1]; what NAME.json holds. A study that is sized also has "parameters" (without classifiers), "macs"
-        (products of layers and attention for one item; searches for neighbours and pair matchers not counted),
-        "feature_size" and "ms" (of the network on a CPU, once for an item in a batch of 8) in its rows.
+    Returns: {"suite", "title", "axis", "data", "protocol", "environment" (of this call; "seconds" of all trainings),
+        "rows": [{"recipe", the row's name, "model", "inputs", "x", "paper", "rank1", "mAP", "mINP" and their "_std",
+        "chance_mAP", "runs": [...]}]}, shares in [0, 1]; what NAME.json holds. A study that is sized also has
+        "parameters" (without classifiers), "macs" (products of layers and attention for one item; searches for
+        neighbours and pair matchers not counted), "feature_size" and "ms" (of the network on a CPU, once for an item in
+        a batch of 8) in its rows.
 
     Raises: ValueError: seeds below 1, too few data sets, one without one of the splits, or a run folder of another
         config; FileNotFoundError: true bodies of no synthetic world; as `train` and `convert_folder`.
@@ -212,14 +214,15 @@ def run_study(
         _row(row, kind, [found[i, seed] for seed in range(seeds)], configs[i][0], worlds[row.test.on], study)
         for i, (row, kind) in enumerate(zip(study.rows, inputs, strict=True))
     ]
+    runs = {run["run"]: run["minutes"] for row in rows for run in row["runs"]}  # each trained once
+    seconds = round(60 * sum(runs.values()))
     table = {
         "suite": study.name,
         "title": study.title,
         "axis": study.axis,
         "data": ", ".join(world.name for world in worlds),
         "protocol": rows[0]["runs"][0]["protocol"],
-        "threads": torch.get_num_threads(),
-        "version": __version__,
+        "environment": bench.environment(str(resolve_device(device)), torch.get_num_threads(), seconds, {}),
         "rows": rows,
     }
     written = {"json": json.dumps(table, indent=2) + "\n", "csv": _csv(table), "md": markdown(table) + "\n"}
@@ -248,7 +251,8 @@ def markdown(table: dict[str, Any]) -> str:
         said = [f"{kind}s: {query} queries, gallery of {gallery}" for kind, query, gallery in sorted(sizes)]
         notes.append(f"Not all rank as many: {'; '.join(said)}.")
     if "parameters" in table["rows"][0]:
-        threads = f"{table['threads']} thread{'s' if table['threads'] > 1 else ''}"
+        count = table["environment"]["threads"]
+        threads = f"{count} thread{'s' if count > 1 else ''}"
         notes.append(
             f"Parameters without classifiers; ms of the network alone on a CPU, {threads}, batches of {TIMED}."
         )
@@ -349,9 +353,13 @@ class _World:
     def _convert(self, folder: Path, bodies: Bodies) -> None:
         from .preprocess.batch import convert_folder
         from .preprocess.convert import Recipe
-        from .preprocess.synth import TrueBodies
+        from .preprocess.synth import TrueBodies, keep_person
 
-        if not (folder / DATASET_FILE).exists() or not _complete(folder):
+        if (folder / DATASET_FILE).exists() and _complete(folder):
+            return
+        if bodies == "person":
+            keep_person(self.root, self.dataset("cloud", "fitted").root, folder)
+        else:
             fitter = {"fitted": "default", "mean": "mean"}.get(bodies) or TrueBodies(self.root)
             convert_folder(self.root, folder, Recipe(fitter=fitter))
 

@@ -17,7 +17,7 @@ from reid3d.data import open_clouds, open_dataset
 from reid3d.data.transforms import EvalTransform
 from reid3d.io import hold_folder
 from reid3d.models import create_model
-from reid3d.preprocess.synth import TrueBodies
+from reid3d.preprocess.synth import TrueBodies, keep_person
 from reid3d.retrieval import evaluate, extract, pair_scores, rerank, tlift
 from reid3d.study import Row, Study, Trial, Turned, compare, macs, markdown, run_study
 from tests.test_train import one_thread  # noqa: F401 (a fixture)
@@ -224,6 +224,8 @@ def test_a_study_of_inputs_from_the_command_line(world, toy, tmp_path, monkeypat
     table = json.loads((out / "inputs.json").read_text())
     assert table == json.loads((tmp_path / "table.json").read_text())
     visible, flat, both = table["rows"]
+    minutes = sum(row["runs"][0]["minutes"] for row in table["rows"])
+    assert table["environment"]["seconds"] == round(60 * minutes) and table["environment"]["commit"]
     assert visible["paper"] == [77.64, 54.52] and "| 77.6 / 54.5 |" in (out / "inputs.md").read_text()
     assert markdown(table) in printed
     lines = list(csv.DictReader((out / "inputs.csv").open()))
@@ -323,6 +325,35 @@ def test_bodies_of_a_study(world, toy, tmp_path):
         assert np.array_equal(fit.cam.numpy()[0], truth["cam"][3])
     with pytest.raises(FileNotFoundError, match="world must be a synthetic one, with its truth, got no"):
         TrueBodies(tmp_path)
+
+
+def test_clouds_of_a_person_alone(world, toy, tmp_path):
+    """All that a cloud shows of the person stays; of the rest of the crop nothing does but where the body lies."""
+    made = studies.study("background", "cpu")
+    table = run_study(made._replace(rows=made.rows[2:4]), [world], tmp_path / "out")
+    assert table["rows"][0]["runs"][0]["run"] != table["rows"][1]["runs"][0]["run"]
+    every, person = (open_clouds(tmp_path / "out" / name) for name in ("clouds", "clouds-person"))
+    with np.load(world / "gt.npz") as truth:
+        seen = dict(zip(truth["names"].tolist(), np.unpackbits(truth["seen"], axis=1).astype(bool), strict=True))
+
+    def shown(cloud, record, which):
+        column, line = np.floor(record.project(cloud.xyz[which].astype(float)) + 1e-3).astype(int).T
+        pixels = np.zeros((128, 64), bool)
+        pixels[np.clip(line, 0, 127), np.clip(column, 0, 63)] = True
+        return pixels
+
+    left = 0
+    for split in ("train", "query", "gallery"):
+        for i, record in enumerate(getattr(person, split).records):
+            whole, kept = (getattr(clouds, split).cloud(i) for clouds in (every, person))
+            body, on, mask = whole.vertex >= 0, kept.vertex >= 0, seen[record.name].reshape(128, 64)
+            assert record.points == len(kept) and np.array_equal(whole.xyz[body], kept.xyz[on])
+            assert np.array_equal(shown(kept, record, ~on), shown(whole, record, ~body) & mask)
+            left += (~on).sum()
+    assert left > 0
+    other = synth(tmp_path / "other", preset="easy", ids=8, cams=2, tracklets=1, images=2, workers=1, world="B")
+    with pytest.raises(ValueError, match="clouds must be of the world .*other, which has no"):
+        keep_person(other, tmp_path / "out" / "clouds", tmp_path / "nothing")
 
 
 def test_turned_by_hand():

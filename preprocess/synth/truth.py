@@ -1,16 +1,24 @@
-"""The bodies of a synthetic world, in place of what a fitter finds."""
+"""What is known of a synthetic world, in place of what is found in its crops: bodies, and the pixels of a person."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from reid3d.cloud import PointCloud
+from reid3d.data import open_clouds
+from reid3d.io import DATASET_FILE, Shard, atomic_write, write_shard
+
 from ..body import load_body
 from ..fit import BodyFit, Fitter
+from .paint import WIDTH
+from .render import HEIGHT
 
 
 class TrueBodies(Fitter):
@@ -28,11 +36,8 @@ class TrueBodies(Fitter):
 
     def __init__(self, world: str | Path) -> None:
         super().__init__()
-        path = Path(world) / "gt.npz"
-        if not path.is_file():
-            raise FileNotFoundError(f"world must be a synthetic one, with its truth, got no {path}")
         self.body = load_body("full")
-        with np.load(path) as truth:
+        with np.load(_truth(world)) as truth:
             self.rows = {name: i for i, name in enumerate(truth["names"].tolist())}
             for name in ("rotmats", "betas", "cam"):
                 self.register_buffer(name, torch.from_numpy(truth[name]))
@@ -42,3 +47,46 @@ class TrueBodies(Fitter):
         rotmats, betas, cam = self.rotmats[which], self.betas[which], self.cam[which]
         posed = self.body(rotmats, betas)
         return BodyFit(posed.verts, cam, torch.ones(len(cam)), rotmats, betas, posed.joints)
+
+
+def keep_person(world: str | Path, clouds: str | Path, out: str | Path) -> None:
+    """Write clouds of a world again, without the background that is not the person: what is worn, carried or missed by
+    the fit stays, in the plane of the background.
+
+    Args:
+        world: folder that `synth` wrote.
+        clouds: folder of its clouds.
+        out: folder to write; a stopped call is done again.
+
+    Raises: FileNotFoundError: no such world, or no such folder; ValueError: clouds that are not of this world.
+    """
+    with np.load(_truth(world)) as truth:
+        rows = {name: i for i, name in enumerate(truth["names"].tolist())}
+        seen = np.unpackbits(truth["seen"], axis=1).reshape(-1, HEIGHT, WIDTH).astype(bool)
+    clouds, out = open_clouds(clouds).root, Path(out)  # whole
+    out.mkdir(parents=True, exist_ok=True)
+    for shard in map(Shard, sorted(clouds.glob("[!.]*.safetensors"))):
+        kept, records = [], []
+        for i, record in enumerate(shard.records):
+            if record.name not in rows:
+                raise ValueError(f"clouds must be of the world {world}, which has no {record.name}: {clouds}")
+            (height, width), cloud = record.size, shard[i]
+            x, y = record.project(cloud.xyz.astype(np.float64)).T
+            column = np.clip(x / width * WIDTH, 0, WIDTH - 1).astype(int)
+            line = np.clip(y / height * HEIGHT, 0, HEIGHT - 1).astype(int)
+            keep = (cloud.vertex >= 0) | seen[rows[record.name], line, column]
+            if not keep.any():  # neither a body nor a person was seen
+                keep[:] = True
+            kept.append(PointCloud(cloud.xyz[keep], cloud.rgb[keep], cloud.vertex[keep]))
+            records.append(replace(record, points=len(kept[-1])))
+        write_shard(out / shard.path.name, kept, records, config=shard.config)
+    about = json.loads((clouds / DATASET_FILE).read_text())
+    with atomic_write(out / DATASET_FILE) as file:  # the last: now the folder is whole
+        file.write(json.dumps({**about, "kept": "person"}, indent=2).encode() + b"\n")
+
+
+def _truth(world: str | Path) -> Path:
+    path = Path(world) / "gt.npz"
+    if not path.is_file():
+        raise FileNotFoundError(f"world must be a synthetic one, with its truth, got no {path}")
+    return path
