@@ -110,11 +110,9 @@ def background(size: Size) -> Study:
 
     alone = ("--cloud.background", "false")
     rows = (
-        of("visible part", 0.25, *alone),
-        of("visible part", 1, *alone),
+        *(of("visible part", share, *alone) for share in (0.25, 0.5, 1)),
         of("and the rest of the person", bodies="person"),
-        of("and background"),
-        of("and background", min(4, 8192 / size.points)),
+        *(of("and background", share) for share in (1, 2)),
     )
     return Study("background", "What the background adds and takes", rows)
 
