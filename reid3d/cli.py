@@ -252,6 +252,9 @@ def _parser() -> _Parser:
     study.add_argument("--budget", choices=("cpu", "gpu", "paper"), default="cpu", help=budget_help)
     _number(study, "--seeds", 1, "runs of each, from seed 0")
     _number(study, "--epochs", None, "epochs of each run (default: the recipe's)")
+    for name, models in (("osnet", "PLR-OSNet"), ("resnet50", "the other 2D methods")):
+        begin_help = f"weights of ImageNet that {models} begin with in a table (default: from scratch)"
+        study.add_argument(f"--{name}", metavar="FILE", type=Path, help=begin_help)
     study.add_argument("--clock", choices=CLOCKS, default="frames", help="of the images' times (default: %(default)s)")
     study.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
     study.add_argument("--json", metavar="FILE", type=Path, help=JSON_HELP)
@@ -1041,7 +1044,8 @@ def _study(options: argparse.Namespace) -> None:
         table = compare(options.models, options.data[0], options.out, **shared)
     else:
         wanted = study(options.study, options.budget)
-        table = run_study(wanted, options.data, options.out, clock=options.clock, **shared)
+        files: dict[Any, Path] = {name: file for name in ("osnet", "resnet50") if (file := getattr(options, name))}
+        table = run_study(wanted, options.data, options.out, clock=options.clock, backbones=files, **shared)
     print(f"{markdown(table)}\n\n{options.out / options.study}.json")
     if options.json:
         _write_json(options.json, table)

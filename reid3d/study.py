@@ -30,17 +30,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import bench
 from .cloud import PointCloud
 from .config import ModelConfig, TrainConfig, dump_config, read_config, recipes
-from .data import CloudDataset, ImageDataset, open_clouds, open_dataset, validate_protocol
+from .data import CloudDataset, ImageDataset, list_images, open_clouds, open_dataset, validate_protocol
 from .data.transforms import EvalTransform
-from .io import DATASET_FILE, atomic_write, hold_folder
+from .io import atomic_write, hold_folder
 from .models import create_model, list_models, resolve_device
 from .retrieval import Features, evaluate, extract, pair_scores, rerank, tlift
 from .retrieval.tlift import Clock, clock_seconds
-from .train import train
+from .train import differences, train
 
 TIMED = 8  # items in a batch whose time is taken
 PAUSE = 5.0  # seconds between looks at runs that other processes are at
 Bodies = Literal["fitted", "mean", "true", "person"]
+Backbone = Literal["osnet", "resnet50"]
+SHORT = {  # of published data sets, by what `list_images` calls them
+    "Market-1501": "market",
+    "DukeMTMC-reID": "duke",
+    "CUHK03-NP detected": "cuhk",
+    "MSMT17 V1": "msmt",
+    "MSMT17 V2": "msmt",
+}
 
 
 class Trial(NamedTuple):
@@ -61,11 +69,13 @@ class Trial(NamedTuple):
 class Row(NamedTuple):
     """A row of a table: how a network is trained, and how it is tested.
 
-    recipe: a packaged name or a YAML file; None for the defaults. model: in place of the recipe's. kwargs: of it,
-    beside the recipe's where the model is the recipe's. words: dotted overrides. bodies: in its clouds, "fitted",
+    recipe: a packaged name or a YAML file; None for the defaults; with "_{}" at its end, the one for the data set, else
+    the one for all, else Market-1501's. model: in place of the recipe's. kwargs: of it, beside the recipe's where the
+    model is the recipe's. words: dotted overrides. backbone: whose weights of ImageNet the published one began with;
+    without them its figures are another thing's, and are not shown. bodies: in its clouds, "fitted",
     "mean" for an upright one, or, as a synthetic world tells, "true", and "person" for fitted ones with the person's
     other pixels in place of all the background. trained_on: which of the data sets. paper: published Rank-1 and mAP, %,
-    by name of the data set. x: its place on the axis of the plot.
+    by short name of the data set, or "market to duke". x: its place on the axis of the plot.
     """
 
     name: str
@@ -73,6 +83,7 @@ class Row(NamedTuple):
     model: str | None = None
     kwargs: Mapping[str, Any] = MappingProxyType({})
     words: tuple[str, ...] = ()
+    backbone: Backbone | None = None
     bodies: Bodies = "fitted"
     trained_on: int = 0
     test: Trial = Trial()
@@ -82,7 +93,7 @@ class Row(NamedTuple):
 
 class Study(NamedTuple):
     """name: of its files. title: of its table and plot. sized: whether the table says how large and fast networks are.
-    axis: what the rows' x are; None where they are names.
+    axis: what the rows' x are; None where they are names. budget: how it is called.
     """
 
     name: str
@@ -90,11 +101,13 @@ class Study(NamedTuple):
     rows: tuple[Row, ...]
     sized: bool = False
     axis: str | None = None
+    budget: str | None = None
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {  # of every table: a heading, and a value of a row
     "model": lambda row: row["recipe"],
-    "input": lambda row: row["inputs"],
+    "input": lambda row: row["size"],
+    "epochs": lambda row: str(row["runs"][0]["epochs"]),
     "Rank-1, %": lambda row: _spread(row, "rank1"),
     "mAP, %": lambda row: _spread(row, "mAP"),
     "mINP, %": lambda row: _spread(row, "mINP"),
@@ -125,7 +138,7 @@ def compare(
 
     Args:
         models: recipes, packaged or YAML files, each with its model and how it is trained; or names of models, which
-            are trained by the defaults.
+            are trained by the defaults. Files of different names.
         data: the images, a data set in any usual layout with train, query and gallery; converted for networks of
             clouds by the embedded fitter.
         out, seeds, epochs, device, say: as of `run_study`.
@@ -134,7 +147,7 @@ def compare(
 
     Raises: ValueError: no models, or one that is unknown or named twice; as `run_study`.
     """
-    if not models or len(set(models)) < len(models):
+    if not models or len({Path(name).stem for name in models}) < len(models):
         raise ValueError(f"models must be different recipes, at least one, got {', '.join(models) or 'none'}")
     rows = []
     for name in models:
@@ -156,6 +169,7 @@ def run_study(
     epochs: int | None = None,
     device: str = "auto",
     clock: Clock = "frames",
+    backbones: Mapping[Backbone, str | Path] = MappingProxyType({}),
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train and test every row of a study from every seed, and write NAME.json, NAME.csv, NAME.md and NAME.svg.
@@ -170,58 +184,76 @@ def run_study(
         seeds: runs of each row, from 0.
         epochs: of every run; None leaves them to the recipes, which then may differ.
         clock: of the images' times, see `clock_seconds`.
+        backbones: weights of ImageNet, files that `model.backbone` takes, that the rows of methods that have them begin
+            with; without, they begin from scratch.
         say: told of each result as it comes.
 
-    Returns: {"suite", "title", "axis", "data", "protocol", "environment" (of this call; "seconds" of all trainings),
-        "rows": [{"recipe", the row's name, "model", "inputs", "x", "paper", "rank1", "mAP", "mINP" and their "_std",
-        "chance_mAP", "runs": [...]}]}, shares in [0, 1]; what NAME.json holds. A study that is sized also has
-        "parameters" (without classifiers), "macs" (products of layers and attention for one item; searches for
-        neighbours and pair matchers not counted), "feature_size" and "ms" (of the network on a CPU, once for an item in
-        a batch of 8) in its rows.
+    Returns: {"suite", "title", "axis", "budget", "data", "protocol", "clock", "environment" (of this call; "seconds" of
+        all trainings), "rows": [{"recipe", the row's name, "model", "inputs", "size" (in words), "tested" (the data
+        set), "x", "paper", "rank1", "mAP", "mINP" and their "_std", "chance_mAP", "runs": [...]}]}, shares in [0, 1];
+        what NAME.json holds. A study that is sized also has "parameters" (without classifiers), "macs" (products of
+        layers and attention for one item; searches for neighbours and pair matchers not counted), "feature_size" and
+        "ms" (of the network on a CPU, once for an item in a batch of 8) in its rows.
 
-    Raises: ValueError: seeds below 1, too few data sets, one without one of the splits, or a run folder of another
-        config; FileNotFoundError: true bodies of no synthetic world; as `train` and `convert_folder`.
+    Raises: ValueError: seeds below 1, too few data sets, one without one of the splits, times that are asked for and
+        not known, or a folder that holds clouds or a run of other data; FileNotFoundError: true bodies of no synthetic
+        world; ImportError: no matplotlib; as `train` and `convert_folder`.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     needed = 1 + max(max(row.trained_on, row.test.on) for row in study.rows)
     if len(data) != needed:
         raise ValueError(f"data must be {needed} folder{'s' if needed > 1 else ''} of images, got {len(data)}")
+    _figure()
     out = Path(out)
-    configs = [[_config(row, seed, epochs, device, out) for seed in range(seeds)] for row in study.rows]
     worlds = [_World(root, out, i) for i, root in enumerate(data)]
+    configs = [
+        [_config(row, seed, epochs, device, out, worlds[row.trained_on].short, backbones) for seed in range(seeds)]
+        for row in study.rows
+    ]
     inputs = [str(_bare(runs[0]).inputs) for runs in configs]
     for row, kind in zip(study.rows, inputs, strict=True):  # before hours of training
         for i in (row.trained_on, row.test.on):
             dataset = worlds[i].dataset(kind, row.bodies)
             validate_protocol(dataset.query, dataset.gallery)
+        if row.test.lift:
+            _seconds_of(worlds[row.test.on].dataset(kind, row.bodies), clock)
     found: dict[tuple[int, int], dict[str, Any]] = {}
     kept = _Kept()
     while len(found) < len(study.rows) * seeds:
         before = len(found)
         for i, (row, kind) in enumerate(zip(study.rows, inputs, strict=True)):
-            learnt, tested = (worlds[which].dataset(kind, row.bodies) for which in (row.trained_on, row.test.on))
+            learnt, tested = worlds[row.trained_on], worlds[row.test.on]
             for seed in range(seeds):
                 if (i, seed) in found:
                     continue
-                config = replace(configs[i][seed], data=str(learnt.root))
+                config = replace(configs[i][seed], data=str(learnt.path(kind, row.bodies)))
+                held = {
+                    "train": learnt.fingerprint(kind, row.bodies, "train"),
+                    "query": tested.fingerprint(kind, row.bodies, "query"),
+                    "gallery": tested.fingerprint(kind, row.bodies, "gallery"),
+                }
                 with contextlib.suppress(BlockingIOError):  # another process is at it: later
-                    result = found[i, seed] = _result(config, tested, row.test, clock, kept)
+                    result = _result(config, tested.dataset(kind, row.bodies), held, row.test, clock, kept)
+                    found[i, seed] = result
                     say(f"{row.name}, seed {seed}: Rank-1 {result['rank1']:.1%}, mAP {result['mAP']:.1%}")
         if len(found) == before:
             time.sleep(PAUSE)
     rows = [
-        _row(row, kind, [found[i, seed] for seed in range(seeds)], configs[i][0], worlds[row.test.on], study)
+        _row(row, kind, [found[i, seed] for seed in range(seeds)], configs[i][0], worlds, study)
         for i, (row, kind) in enumerate(zip(study.rows, inputs, strict=True))
     ]
     runs = {run["run"]: run["minutes"] for row in rows for run in row["runs"]}  # each trained once
     seconds = round(60 * sum(runs.values()))
+    names = [world.name for world in worlds]
     table = {
         "suite": study.name,
         "title": study.title,
         "axis": study.axis,
-        "data": ", ".join(world.name for world in worlds),
+        "budget": study.budget,
+        "data": ", ".join(names if len(set(names)) == len(names) else map(str, data)),
         "protocol": rows[0]["runs"][0]["protocol"],
+        "clock": clock if any(row.test.lift for row in study.rows) else None,
         "environment": bench.environment(str(resolve_device(device)), torch.get_num_threads(), seconds, {}),
         "rows": rows,
     }
@@ -244,11 +276,20 @@ def markdown(table: dict[str, Any]) -> str:
     lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in table["rows"]]
     seeds = max(len(row["runs"]) for row in table["rows"])
     how = f"mean and deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    chance = statistics.mean(row["chance_mAP"] for row in table["rows"])
-    notes = [f"{table['data']}: {table['protocol']}; {how}; a random order has an mAP of {chance:.1%}."]
-    sizes = {(row["inputs"], run["num_query"], run["num_gallery"]) for row in table["rows"] for run in row["runs"]}
+    chances = sorted({row["chance_mAP"] for row in table["rows"]})
+    chance = " to ".join(dict.fromkeys(f"{value:.1%}" for value in (chances[0], chances[-1])))
+    about = f"{table['data']}, budget {table['budget']}" if table["budget"] else table["data"]
+    notes = [f"{about}: {table['protocol']}; {how}; a random order has an mAP of {chance}."]
+    if table["clock"]:
+        notes.append(f"Times by the clock {table['clock']}.")
+    several = len({row["tested"] for row in table["rows"]}) > 1
+    sizes = {
+        (row["tested"] if several else f"{row['inputs']}s", run["num_query"], run["num_gallery"])
+        for row in table["rows"]
+        for run in row["runs"]
+    }
     if len({size[1:] for size in sizes}) > 1:
-        said = [f"{kind}s: {query} queries, gallery of {gallery}" for kind, query, gallery in sorted(sizes)]
+        said = [f"{of}: {query} queries, gallery of {gallery}" for of, query, gallery in sorted(sizes)]
         notes.append(f"Not all rank as many: {'; '.join(said)}.")
     if "parameters" in table["rows"][0]:
         count = table["environment"]["threads"]
@@ -264,14 +305,11 @@ def plot(table: dict[str, Any], path: Path) -> None:
 
     Raises: ImportError without matplotlib.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'reid3d[study]'") from error
+    from matplotlib import rc_context
+
     rows, places = table["rows"], [row["x"] for row in table["rows"]]
     lines = table["axis"] is not None
-    figure = Figure(figsize=(7, 3.6 if lines else 1.2 + 0.42 * len(rows)), layout="constrained")
+    figure = _figure(figsize=(7, 3.6 if lines else 1.2 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for i, (key, name, colour) in enumerate((("rank1", "Rank-1", "#3b6fb6"), ("mAP", "mAP", "#e08a2e"))):
         values, spread = ([100 * row[of] for row in rows] for of in (key, f"{key}_std"))
@@ -290,6 +328,14 @@ def plot(table: dict[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     with rc_context({"svg.hashsalt": table["suite"]}), atomic_write(path) as file:  # the same bytes again
         figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def _figure(**kwargs: Any) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'reid3d[study]'") from error
+    return Figure(**kwargs)
 
 
 def macs(model: nn.Module, *inputs: Tensor) -> int:
@@ -325,51 +371,56 @@ class Turned(EvalTransform):
 
 
 class _World:
-    """One of the data sets, as images and as clouds of whatever bodies."""
+    """One of the data sets, as images and as clouds of whatever bodies. short: of SHORT, if it is a published one."""
 
     def __init__(self, root: str | Path, out: Path, number: int) -> None:
         self.root, self.name = Path(root), Path(root).absolute().name
         self._folder = out / ("clouds" if number == 0 else f"clouds{number + 1}")
-        self._opened: dict[str, CloudDataset | ImageDataset] = {}
         images = open_dataset(root)
         if not isinstance(images, ImageDataset):
             raise ValueError(f"data must be a folder of images, which methods of images need too, got clouds: {root}")
         for split in (images.train, images.query, images.gallery):
             if not len(split):
                 raise ValueError(f"data must have the splits train, query and gallery, got no {split.name} in {root}")
-        self._opened["image"] = images
+        self.short = SHORT.get(list_images(root).layout)
+        self._images = images
+        self._clouds: dict[Bodies, CloudDataset] = {}
+        self._fingerprints: dict[tuple[Any, ...], str] = {}
+
+    def path(self, inputs: str, bodies: Bodies) -> Path:
+        """What `open_dataset` makes the same of."""
+        if inputs == "image":
+            return self.root
+        return self._folder if bodies == "fitted" else self._folder.with_name(f"{self._folder.name}-{bodies}")
 
     def dataset(self, inputs: str, bodies: Bodies) -> Any:
         if inputs == "image":
-            return self._opened["image"]
-        if bodies not in self._opened:
-            folder = self._folder if bodies == "fitted" else self._folder.with_name(f"{self._folder.name}-{bodies}")
+            return self._images
+        if bodies not in self._clouds:
+            folder = self.path(inputs, bodies)
             folder.parent.mkdir(parents=True, exist_ok=True)
             with hold_folder(folder.parent, "another study", name=f".{folder.name}", wait=True):
                 self._convert(folder, bodies)
-            self._opened[bodies] = open_clouds(folder)
-        return self._opened[bodies]
+            self._clouds[bodies] = open_clouds(folder)
+        return self._clouds[bodies]
+
+    def fingerprint(self, inputs: str, bodies: Bodies, split: str) -> str:
+        key = inputs, inputs == "cloud" and bodies, split
+        if key not in self._fingerprints:
+            self._fingerprints[key] = getattr(self.dataset(inputs, bodies), split).fingerprint()[:16]
+        return self._fingerprints[key]
 
     def _convert(self, folder: Path, bodies: Bodies) -> None:
+        """What is there is left, and refused where it is of other images."""
         from .preprocess.batch import convert_folder
         from .preprocess.convert import Recipe
         from .preprocess.synth import TrueBodies, keep_person
 
-        if (folder / DATASET_FILE).exists() and _complete(folder):
-            return
         if bodies == "person":
             keep_person(self.root, self.dataset("cloud", "fitted").root, folder)
         else:
             fitter = {"fitted": "default", "mean": "mean"}.get(bodies) or TrueBodies(self.root)
             convert_folder(self.root, folder, Recipe(fitter=fitter))
-
-
-def _complete(folder: Path) -> bool:
-    try:
-        open_clouds(folder)
-    except ValueError:
-        return False
-    return True
 
 
 class _Kept:
@@ -397,20 +448,33 @@ class _Kept:
         return self._value
 
 
-def _config(row: Row, seed: int, epochs: int | None, device: str, out: Path) -> TrainConfig:
-    """Of a row; the data come later."""
+def _config(
+    row: Row,
+    seed: int,
+    epochs: int | None,
+    device: str,
+    out: Path,
+    data: str | None = None,
+    backbones: Mapping[Backbone, str | Path] = MappingProxyType({}),
+) -> TrainConfig:
+    """Of a row; the data, of that short name, come later."""
     words = ["--train.seed", str(seed), "--train.device", device, "--data", "", "--out", "", *row.words]
     if epochs is not None:
         words += ["--train.epochs", str(epochs)]
-    config = read_config(row.recipe, words)
+    config = read_config(_recipe(row.recipe, data), words)
     known = config.model.kwargs if row.model is None else {}
-    model = ModelConfig(row.model or config.model.name, {**known, **row.kwargs}, config.model.backbone)
+    begin = backbones.get(row.backbone) if row.backbone else None
+    backbone = config.model.backbone if begin is None else str(begin)
+    model = ModelConfig(row.model or config.model.name, {**known, **row.kwargs}, backbone)
     config = replace(config, model=model)
-    name = Path(row.recipe or model.name).stem
-    changed = row.kwargs or row.words or row.bodies != "fitted" or row.trained_on or (row.recipe and row.model)
-    if changed:
-        name = f"{model.name}-{_digest(config, row)}"
-    return replace(config, out=str(out / "runs" / f"{name}-{seed}"))
+    return replace(config, out=str(out / "runs" / f"{model.name}-{_digest(config, row)}-{seed}"))
+
+
+def _recipe(name: str | None, data: str | None) -> str | None:
+    if name is None or not name.endswith("_{}"):
+        return name
+    all_ = name.removesuffix("_{}")
+    return next(one for one in (f"{all_}_{data}", all_, f"{all_}_market") if one in recipes())
 
 
 def _digest(config: TrainConfig, row: Row) -> str:
@@ -427,22 +491,29 @@ def _bare(config: TrainConfig) -> Any:
     return model
 
 
-def _result(config: TrainConfig, dataset: Any, test: Trial, clock: Clock, kept: _Kept) -> dict[str, Any]:
-    """Train, or go on, and test; or what was written when that was done."""
+def _result(
+    config: TrainConfig, dataset: Any, held: dict[str, str], test: Trial, clock: Clock, kept: _Kept
+) -> dict[str, Any]:
+    """Train, or go on, and test; or what was written when that was done. held: fingerprints of the splits."""
     run = Path(config.out)
-    said = {key: value for key, value in test._asdict().items() if value != Trial._field_defaults[key]}
-    name = "-".join(["result", *(f"{key}_{value:g}" for key, value in sorted(said.items()))])
-    path = run / f"{name}.json"
-    if path.exists() and (run / "config.yaml").read_text() == dump_config(config):
-        return dict(json.loads(path.read_text()))
+    said = {key: f"{value:g}" for key, value in test._asdict().items() if value != Trial._field_defaults[key]}
+    if test.lift:
+        said["clock"] = clock
+    path = run / f"{'-'.join(['result', *(f'{key}_{value}' for key, value in sorted(said.items()))])}.json"
+    if path.exists() and not differences(read_config(str(run / "config.yaml")), config):
+        found = dict(json.loads(path.read_text()))
+        if found["held"] == held:
+            return found
     run.mkdir(parents=True, exist_ok=True)
+    scores: np.ndarray | None
     with hold_folder(run, "another study", name=".study"):
         train(config)
         model, query, gallery = kept(run, dataset, test, config.train.device)
-        scores = pair_scores(model, query, gallery)
         if test.rerank or test.lift:
             gallery = gallery.subset(np.flatnonzero(gallery.pids != -1))  # junk is nobody's neighbour
             scores = _lifted(model, query, gallery, test, clock, dataset)
+        else:
+            scores = pair_scores(model, query, gallery)
         result = evaluate(query, gallery, scores=scores)
         epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         found = {
@@ -457,6 +528,7 @@ def _result(config: TrainConfig, dataset: Any, test: Trial, clock: Clock, kept: 
             "num_gallery": result.num_gallery,
             "protocol": f"{result.protocol}, AP {result.ap}",
             "minutes": round(sum(epoch["seconds"] for epoch in epochs) / 60, 1),
+            "held": held,
         }
         with atomic_write(path) as file:
             file.write(json.dumps(found, indent=2).encode() + b"\n")
@@ -474,18 +546,34 @@ def _lifted(model: Any, q: Features, g: Features, test: Trial, clock: Clock, dat
     else:
         scores = 1 - model.distances(q, g) if matcher else None
     if test.lift:
-        parts = (q, g, dataset.train) if clock.startswith("market") else (q, g)
-        scores = tlift(q, g, scores, seconds=clock_seconds(clock, *parts)[:2])
+        scores = tlift(q, g, scores, seconds=_seconds_of(dataset, clock, q, g))
     assert scores is not None
     return scores
 
 
+def _seconds_of(dataset: Any, clock: Clock, *parts: Any) -> list[np.ndarray]:
+    """Of queries and gallery, those of the data set if no others are given."""
+    timed = parts or (dataset.query, dataset.gallery)
+    return clock_seconds(clock, *timed, *([dataset.train] if clock.startswith("market") else []))[:2]
+
+
 def _row(
-    row: Row, inputs: str, runs: list[dict[str, Any]], config: TrainConfig, tested: _World, study: Study
+    row: Row,
+    inputs: str,
+    runs: list[dict[str, Any]],
+    config: TrainConfig,
+    worlds: Sequence[_World],
+    study: Study,
 ) -> dict[str, Any]:
-    published = next((list(value) for name, value in row.paper.items() if name in tested.name.lower()), None)
-    made: dict[str, Any] = {"recipe": row.name, "model": config.model.name, "inputs": inputs}
-    made |= {"x": row.x, "paper": published}
+    trained, tested = worlds[row.trained_on], worlds[row.test.on]
+    published = row.paper.get(f"{tested.short}" if trained is tested else f"{trained.short} to {tested.short}")
+    if row.backbone and config.model.backbone is None:
+        published = None
+    size = f"{config.cloud.points} points"
+    if inputs == "image":
+        size = "{} x {} pixels".format(*_bare(config).size)
+    made: dict[str, Any] = {"recipe": row.name, "model": config.model.name, "inputs": inputs, "size": size}
+    made |= {"tested": tested.name, "x": row.x, "paper": list(published) if published else None}
     for key in ("rank1", "mAP", "mINP"):
         values = [run[key] for run in runs]
         made[key] = round(statistics.mean(values), 4)
@@ -511,7 +599,7 @@ def _sizes(config: TrainConfig) -> dict[str, Any]:
 def _csv(table: dict[str, Any]) -> str:
     """A line for each run."""
     lines = io.StringIO(newline="")
-    keys = [key for key in table["rows"][0]["runs"][0] if key != "protocol"]
+    keys = [key for key in table["rows"][0]["runs"][0] if key not in ("protocol", "held")]
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(["recipe", "model", "inputs", "x", *keys])
     for row in table["rows"]:

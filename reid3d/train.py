@@ -242,6 +242,9 @@ def _train(config: TrainConfig, run: Path, feed: _Feed, held_out: Split | None, 
     about = {"data": feed.split.fingerprint(), "processes": team.world}
     _resume(run, state, about, team)
     start, shown = state.epoch, team.leads
+    if shown:  # only now is it known that the run is of these data
+        with atomic_write(run / "config.yaml") as file:
+            file.write(dump_config(config).encode())
     averaged = not state.average or team.share((run / "model_last.safetensors").exists())
     finished = start == epochs and averaged
     if shown:
@@ -533,19 +536,20 @@ def _summary_writer() -> Any:
 
 
 def _claim(run: Path, config: TrainConfig) -> None:
-    """Make the folder this config's, or see that it is; before the first checkpoint there is nothing to lose."""
+    """See that the folder is this config's; before the first checkpoint there is nothing to lose."""
     path = run / "config.yaml"
     if not (run / "checkpoint.pt").exists():
         for name in ("model_last", "model_best"):  # of a run that was thrown away; the first would end this one early
             (run / f"{name}.safetensors").unlink(missing_ok=True)
-    elif path.exists():
-        theirs, ours = _flat(asdict(read_config(str(path)))), _flat(asdict(config))
-        keys = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k) and k not in MAY_CHANGE)
-        if keys:
-            changes = ", ".join(f"{key} was {theirs.get(key)} and is {ours.get(key)}" for key in keys)
-            raise ValueError(f"{run} holds a run of another config ({changes}): choose another folder")
-    with atomic_write(path) as file:
-        file.write(dump_config(config).encode())
+    elif path.exists() and (changes := differences(read_config(str(path)), config)):
+        raise ValueError(f"{run} holds a run of another config ({', '.join(changes)}): choose another folder")
+
+
+def differences(theirs: TrainConfig, ours: TrainConfig) -> list[str]:
+    """In words, those that make a run another one."""
+    one, other = _flat(asdict(theirs)), _flat(asdict(ours))
+    keys = sorted(k for k in one.keys() | other.keys() if one.get(k) != other.get(k) and k not in MAY_CHANGE)
+    return [f"{key} was {one.get(key)} and is {other.get(key)}" for key in keys]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

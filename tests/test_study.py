@@ -2,6 +2,11 @@
 
 import csv
 import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -79,7 +84,10 @@ def test_one_table_of_2d_and_3d_that_goes_on_where_it_stopped(world, both, tmp_p
         assert {(run["num_query"], run["epochs"]) for run in row["runs"]} == {(8, 1)}
         assert 0 < row["mAP"] <= 1 and 0 < row["chance_mAP"] < 1
     lines = markdown(table).splitlines()
-    assert lines[0].startswith("| model | input | Rank-1, % | mAP, % |") and lines[2].startswith("| points | cloud | ")
+    assert lines[0].startswith("| model | input | epochs | Rank-1, % | mAP, % |")
+    assert lines[2].startswith("| points | 64 points | 1 | ") and lines[3].startswith(
+        "| pixels | 32 x 16 pixels | 1 | "
+    )
     assert "2 seeds" in lines[-2] and "±" in lines[3]
 
 
@@ -100,15 +108,98 @@ def test_the_packaged_recipes_of_2d_methods_from_yaml_to_scores(recipe, world, t
     assert result.num_valid == 8 and 0 < result.mAP <= 1
 
 
-def test_a_run_of_another_config_is_not_taken_for_this_one(world, both, tmp_path):
-    compare(both[1:], world, tmp_path / "out")
-    with pytest.raises(ValueError, match="train.epochs"):
-        compare(both[1:], world, tmp_path / "out", epochs=2)
+def test_runs_of_other_configs_lie_beside_each_other(world, both, tmp_path):
+    few, more = (compare(both[1:], world, tmp_path / "out", epochs=epochs) for epochs in (1, 2))
+    again = compare(both[1:], world, tmp_path / "out", epochs=1)
+    runs = [table["rows"][0]["runs"][0] for table in (few, more, again)]
+    assert runs[0]["run"] != runs[1]["run"] and runs[2] == runs[0]
+
+
+def test_other_data_are_never_taken_for_these(world, both, tmp_path, monkeypatch):
+    """A folder of studies is refused to other images of the first place, each time; what was tested on others is tested
+    again.
+    """
+    size = {"preset": "easy", "cams": 2, "tracklets": 1, "images": 2, "workers": 1, "world": "B"}
+    other, third = synth(tmp_path / "other", ids=8, **size), synth(tmp_path / "third", ids=12, **size)
+    out = tmp_path / "out"
+    rows = [Row(name, recipe, test=Trial(on=1)) for name, recipe in zip(("points", "pixels"), both, strict=True)]
+    study_ = Study("transfer", "T", tuple(rows))
+    before = run_study(study_, [world, other], out)
+    tested = []
+    monkeypatch.setattr(study, "extract", lambda *given, **more: tested.append(given) or extract(*given, **more))
+    assert run_study(study_, [world, other], out)["rows"] == before["rows"] and not tested
+    for names, message in (([both[0]], "was begun otherwise"), ([both[1]], "trained on other")):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                compare(names, third, out)
+    pixels = study_._replace(rows=study_.rows[1:])
+    after = run_study(pixels, [world, third], out)
+    assert (
+        len(tested) == 2 and after["rows"][0]["runs"][0]["num_query"] == 12 != before["rows"][1]["runs"][0]["num_query"]
+    )
+
+
+def test_times_are_of_the_clock_that_was_asked_for(world, both, tmp_path):
+    lifted = Study("lifted", "L", (Row("r", both[1], test=Trial(lift=True)),))
+    tables = [run_study(lifted, [world], tmp_path / "out", clock=clock) for clock in ("frames", "seconds")]
+    run = tmp_path / "out" / "runs" / tables[0]["rows"][0]["runs"][0]["run"]
+    assert {path.name for path in run.glob("result*")} == {
+        f"result-clock_{c}-lift_1.json" for c in ("frames", "seconds")
+    }
+    assert [table["clock"] for table in tables] == ["frames", "seconds"]
+    assert "Times by the clock seconds." in markdown(tables[1])
+
+
+def test_what_is_lacking_is_said_before_anything_is_trained(world, both, tmp_path, monkeypatch):
+    trained = counting(monkeypatch)
+    lines = ["path,pid,camid,split"]
+    for split, folder in (("train", "bounding_box_train"), ("query", "query"), ("gallery", "bounding_box_test")):
+        for path in sorted((world / folder).glob("*.jpg")):
+            pid, camid = path.name.split("_")[:2]
+            name = path.relative_to(world.parent)
+            lines += [f"{name},{int(pid)},{int(camid[1])},{split}"] if int(pid) > 0 else []
+    table = world.parent / "people.csv"
+    table.write_text("\n".join(lines))
+    rows = (Row("plain", both[1]), Row("lifted", both[1], test=Trial(lift=True)))
+    with pytest.raises(ValueError, match="times must be known"):
+        run_study(Study("s", "S", rows), [table], tmp_path / "out")
+    with monkeypatch.context() as without, pytest.raises(ImportError, match=r"pip install 'reid3d\[study\]'"):
+        without.setitem(sys.modules, "matplotlib.figure", None)
+        compare(both[1:], table, tmp_path / "out")
+    assert not trained
+    assert compare(both[1:], table, tmp_path / "out")["rows"][0]["runs"][0]["num_query"] == 8  # a table is no folder
+
+
+def test_figures_and_recipes_of_the_data_set(monkeypatch, tmp_path):
+    """Shown where a row is of their data sets, and began as they did; recipes are those of the data set."""
+    assert study._recipe("ognet_small_{}", "duke") == "ognet_small_duke"
+    assert study._recipe("ognet_small_{}", None) == "ognet_small_market"
+    assert [study._recipe("plr_osnet_{}", data) for data in ("cuhk", "duke")] == ["plr_osnet_cuhk", "plr_osnet"]
+
+    def shown(row, *shorts, **files):
+        worlds = [SimpleNamespace(short=short, name=short) for short in shorts]
+        config = study._config(row, 0, None, "cpu", tmp_path, shorts[row.trained_on], files)
+        run = {"rank1": 0, "mAP": 0, "mINP": 0, "chance_mAP": 0}
+        return study._row(row, "image", [run], config, worlds, Study("s", "S", ()))["paper"]
+
+    plr, cloud, moved = (
+        studies.study("plr_osnet", "paper").rows[2],
+        studies.study("models", "paper").rows[4],
+        next(row for row in studies.study("transfer", "paper").rows if row.name == "QAConv, A to B"),
+    )
+    assert shown(plr, "market", osnet="file") == [95.6, 88.9] and shown(plr, "market") is None
+    monkeypatch.setattr(study, "_bare", lambda config: SimpleNamespace(size=(1, 1)))
+    assert shown(cloud, "duke") == [76.53, 57.92] and shown(cloud, None) is None
+    assert shown(moved, "market", "duke", resnet50="file") == [48.8, 28.7]
+    assert shown(moved, "market", "market", resnet50="file") is None
+    circle = {row.recipe for name in ("components", "shortcut") for row in studies.study(name, "paper").rows}
+    assert circle == {"ognet_small_circle_{}", "ognet_deep_circle_{}"}
 
 
 def test_names_of_models_are_trained_by_the_defaults(tmp_path):
     config = study._config(Row("dgcnn", None, "dgcnn"), 3, 5, "cpu", tmp_path)
-    words = ["--data", "", "--out", str(tmp_path / "runs" / "dgcnn-3"), "--model.name", "dgcnn"]
+    assert re.fullmatch(r"dgcnn-[0-9a-f]{8}-3", Path(config.out).name)
+    words = ["--data", "", "--out", config.out, "--model.name", "dgcnn"]
     assert config == read_config(None, [*words, "--train.seed", "3", "--train.epochs", "5", "--train.device", "cpu"])
     assert study._config(Row("synth", "synth"), 0, None, "cpu", tmp_path).train.epochs == 6  # a recipe's own
 
@@ -155,7 +246,7 @@ def test_products_of_the_2d_methods(name, giga):
 def test_what_cannot_be_compared(world, both, tmp_path):
     cases = [
         (([], world), "models must be different recipes, at least one, got none"),
-        (([both[0]] * 2, world), "models must be different recipes"),
+        (([both[0], str(Path("elsewhere") / "points.yaml")], world), "models must be different recipes"),
         ((["nobody"], world), "models must be YAML files, the recipes .*, or the models .*tiny.*, got 'nobody'"),
         ((both, world, {"seeds": 0}), "seeds must be at least 1, got 0"),
         ((both, world / "query"), "data must have the splits train, query and gallery, got no train"),
@@ -194,9 +285,11 @@ def test_every_study_can_be_built(budget, tmp_path):
         assert made.name == name and len({row.name for row in made.rows}) == len(made.rows) > 1
         assert all((row.x is None) == (made.axis is None) for row in made.rows)
         for row in made.rows:
-            config = study._config(row, 0, None, "cpu", tmp_path)
+            config = study._config(row, 0, None, "cpu", tmp_path, "duke")
             with torch.device("meta"):
-                model = create_model(config.model.name, **config.model.kwargs)
+                model = create_model(config.model.name, **config.model.kwargs).eval()
+                if model.inputs == "image":
+                    model(torch.rand(2, 3, *study._bare(config).size))
             assert model.inputs in ("cloud", "image") and config.cloud.points >= getattr(model, "min_points", 1)
 
 
@@ -214,9 +307,7 @@ def test_what_is_no_study(name, budget, message):
 
 def test_a_study_of_inputs_from_the_command_line(world, toy, tmp_path, monkeypatch, capsys):
     trained, out = counting(monkeypatch), tmp_path / "out"
-    market = world.parent / "Market-1501"  # whose figures stand in the paper
-    if not market.exists():
-        market.symlink_to(world)
+    market = shutil.copytree(world, tmp_path / "Market-1501")  # whose figures stand in the paper
     command = ["study", "inputs", "--data", str(market), "--out", str(out), "--device", "cpu"]
     assert main([*command, "--json", str(tmp_path / "table.json")]) == 0
     printed = capsys.readouterr().out
@@ -238,7 +329,7 @@ def test_a_study_of_inputs_from_the_command_line(world, toy, tmp_path, monkeypat
     before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
     assert main(command) == 0 and len(trained) == 3  # all was done
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
-    density = ["study", "density", "--data", str(world), "--out", str(out), "--device", "cpu"]
+    density = ["study", "density", "--data", str(market), "--out", str(out), "--device", "cpu"]
     assert main(density) == 0 and len(set(trained)) == 3  # the third run of inputs serves here too
 
 
@@ -256,7 +347,8 @@ def test_one_run_is_tested_in_many_ways(world, both, tmp_path, monkeypatch):
     rows = [Row(f"{i}", both[0], test=test) for i, test in enumerate(tests)]
     table = run_study(Study("ways", "Ways", tuple(rows)), [world], tmp_path / "out")
     assert len(trained) == len(tests) and len(set(trained)) == 1  # asked each time, and done once
-    run, clouds = tmp_path / "out" / "runs" / "points-0", open_clouds(tmp_path / "out" / "clouds")
+    run = tmp_path / "out" / "runs" / table["rows"][0]["runs"][0]["run"]
+    clouds = open_clouds(tmp_path / "out" / "clouds")
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
     model = create_model(weights=run / "model.safetensors")
     q, g = (extract(model, split, progress=False) for split in (clouds.query, clouds.gallery))
@@ -287,7 +379,7 @@ def test_transfer_tests_a_run_on_the_other_world(world, both, tmp_path, monkeypa
     table = run_study(Study("transfer", "T", tuple(rows)), [world, other], tmp_path / "out")
     assert len(set(trained)) == 2
     names = [row["runs"][0]["run"] for row in table["rows"]]
-    assert names[0] == names[1] == "points-0" and names[2] == names[3] != names[0]
+    assert names[0] == names[1] and names[2] == names[3] != names[0]
     model = create_model(weights=tmp_path / "out" / "runs" / names[0] / "model.safetensors")
     clouds = open_clouds(tmp_path / "out" / "clouds2")
     result = evaluate(*(extract(model, split, progress=False) for split in (clouds.query, clouds.gallery)))
@@ -297,8 +389,8 @@ def test_transfer_tests_a_run_on_the_other_world(world, both, tmp_path, monkeypa
 
 
 def test_runs_of_other_processes_are_passed_over_and_waited_for(world, both, tmp_path, monkeypatch):
-    rows = [Row("first", both[0]), Row("second", both[0], words=("--train.lr", "1e-3"))]
-    busy, said, slept = tmp_path / "out" / "runs" / "points-0", [], []
+    rows = [Row("first", both[0]), Row("second", both[0], words=("--train.lr", "2e-3"))]
+    busy, said, slept = Path(study._config(rows[0], 0, None, "auto", tmp_path / "out").out), [], []
     busy.mkdir(parents=True)
     held = hold_folder(busy, "a test", name=".study")
     held.__enter__()

@@ -56,14 +56,20 @@ def keep_person(world: str | Path, clouds: str | Path, out: str | Path) -> None:
     Args:
         world: folder that `synth` wrote.
         clouds: folder of its clouds.
-        out: folder to write; a stopped call is done again.
+        out: folder to write. One that is whole is left as it is, what a stopped call wrote is written again.
 
-    Raises: FileNotFoundError: no such world, or no such folder; ValueError: clouds that are not of this world.
+    Raises: FileNotFoundError: no such world, or no such folder; ValueError: clouds that are not of this world, or a
+        folder with those of others.
     """
     with np.load(_truth(world)) as truth:
         rows = {name: i for i, name in enumerate(truth["names"].tolist())}
         seen = np.unpackbits(truth["seen"], axis=1).reshape(-1, HEIGHT, WIDTH).astype(bool)
     clouds, out = open_clouds(clouds).root, Path(out)  # whole
+    about = {**json.loads((clouds / DATASET_FILE).read_text()), "kept": "person"}
+    if (out / DATASET_FILE).exists():
+        if json.loads((out / DATASET_FILE).read_text()) != about:
+            raise ValueError(f"out must not hold other clouds, got those of another conversion: {out}")
+        return
     out.mkdir(parents=True, exist_ok=True)
     for shard in map(Shard, sorted(clouds.glob("[!.]*.safetensors"))):
         kept, records = [], []
@@ -80,9 +86,8 @@ def keep_person(world: str | Path, clouds: str | Path, out: str | Path) -> None:
             kept.append(PointCloud(cloud.xyz[keep], cloud.rgb[keep], cloud.vertex[keep]))
             records.append(replace(record, points=len(kept[-1])))
         write_shard(out / shard.path.name, kept, records, config=shard.config)
-    about = json.loads((clouds / DATASET_FILE).read_text())
     with atomic_write(out / DATASET_FILE) as file:  # the last: now the folder is whole
-        file.write(json.dumps({**about, "kept": "person"}, indent=2).encode() + b"\n")
+        file.write(json.dumps(about, indent=2).encode() + b"\n")
 
 
 def _truth(world: str | Path) -> Path:
