@@ -1046,7 +1046,7 @@ def _study(options: argparse.Namespace) -> None:
         wanted = study(options.study, options.budget)
         files: dict[Any, Path] = {name: file for name in ("osnet", "resnet50") if (file := getattr(options, name))}
         table = run_study(wanted, options.data, options.out, clock=options.clock, backbones=files, **shared)
-    print(f"{markdown(table)}\n\n{options.out / options.study}.json")
+    print(f"{markdown(table)}\n\n{options.out / table['suite']}.json")
     if options.json:
         _write_json(options.json, table)
 

@@ -172,7 +172,8 @@ def run_study(
     backbones: Mapping[Backbone, str | Path] = MappingProxyType({}),
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Train and test every row of a study from every seed, and write NAME.json, NAME.csv, NAME.md and NAME.svg.
+    """Train and test every row of a study from every seed, and write NAME.json, NAME.csv, NAME.md and NAME.svg; where
+    epochs are given, their number stands behind the name.
 
     What was done is left as it is. Runs that another process is at are passed over, and waited for in the end.
 
@@ -247,7 +248,7 @@ def run_study(
     seconds = round(60 * sum(runs.values()))
     names = [world.name for world in worlds]
     table = {
-        "suite": study.name,
+        "suite": study.name if epochs is None else f"{study.name}-{epochs}",
         "title": study.title,
         "axis": study.axis,
         "budget": study.budget,
@@ -259,9 +260,9 @@ def run_study(
     }
     written = {"json": json.dumps(table, indent=2) + "\n", "csv": _csv(table), "md": markdown(table) + "\n"}
     for kind, text in written.items():
-        with atomic_write(out / f"{study.name}.{kind}") as file:
+        with atomic_write(out / f"{table['suite']}.{kind}") as file:
             file.write(text.encode())
-    plot(table, out / f"{study.name}.svg")
+    plot(table, out / f"{table['suite']}.svg")
     return table
 
 

@@ -1,6 +1,7 @@
 """Every published figure says where it was measured; `reid3d bench` measures in turn and shows what it lost."""
 
 import json
+import statistics
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -9,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reid3d import bench, cli, ops
+from reid3d import bench, cli, ops, studies, study
 from reid3d.bench import kernels, table, timing, training
 from reid3d.bench.timing import Case, Contender
+from reid3d.config import read_config
 from reid3d.ops import farthest_point_sample, knn, pyg
 from reid3d.preprocess.synth.world import FORMAT, PRESETS
+from reid3d.train import differences
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 FILES = sorted([*RESULTS.glob("kernels-*.json"), *RESULTS.glob("train-*.json")])
@@ -210,6 +213,34 @@ def test_published_figures_of_2d_methods():
         assert cells[2:4] == [str(run["epochs"]), f"{run['minutes']:.0f}"]
         assert cells[4:6] == [f"{100 * row['rank1']:.1f}", f"{100 * row['mAP']:.1f}"]
         assert cells[6:] == [f"{row['mAP'] / row['chance_mAP']:.0f}", f"{row['ms']:.1f}"]
+
+
+@pytest.mark.parametrize("path", sorted((RESULTS / "studies").glob("*.json")), ids=lambda path: path.stem)
+def test_published_studies(path):
+    """Each table is what its runs came to, whose settings are still those of the study; docs/study.md shows it."""
+    data = json.loads(path.read_text())
+    check_origin(data)
+    name, _, epochs = data["suite"].partition("-")
+    rows = {row.name: row for row in studies.study(name, data["budget"]).rows}
+    assert path.stem == data["suite"] and set(rows) >= {row["recipe"] for row in data["rows"]}
+    text = path.with_suffix(".md").read_text()
+    assert text == study.markdown(data) + "\n"
+    page = (RESULTS.parents[1] / "docs" / "study.md").read_text()
+    assert text.partition("\n\n")[0] in page and f"{path.stem}.svg" in page
+    for row in data["rows"]:
+        for run in row["runs"]:
+            config = study._config(
+                rows[row["recipe"]], run["seed"], int(epochs) if epochs else None, "cpu", Path("studies")
+            )
+            folder = path.parent / "runs" / run["run"]
+            assert Path(config.out).name == run["run"]
+            assert not differences(read_config(str(folder / "config.yaml")), config)
+            assert run in [json.loads(result.read_text()) for result in folder.glob("result*.json")]
+            log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            assert [line["epoch"] for line in log] == list(range(1, run["epochs"] + 1))
+            assert run["minutes"] == round(sum(line["seconds"] for line in log) / 60, 1)
+        for key in ("rank1", "mAP", "mINP"):
+            assert row[key] == pytest.approx(statistics.mean(run[key] for run in row["runs"]), abs=1e-4)
 
 
 def test_published_figures_of_times():

@@ -113,6 +113,7 @@ def test_runs_of_other_configs_lie_beside_each_other(world, both, tmp_path):
     again = compare(both[1:], world, tmp_path / "out", epochs=1)
     runs = [table["rows"][0]["runs"][0] for table in (few, more, again)]
     assert runs[0]["run"] != runs[1]["run"] and runs[2] == runs[0]
+    assert {path.name for path in (tmp_path / "out").glob("*.md")} == {"compare-1.md", "compare-2.md"}
 
 
 def test_other_data_are_never_taken_for_these(world, both, tmp_path, monkeypatch):
