@@ -313,20 +313,23 @@ def plot(table: dict[str, Any], path: Path) -> None:
     figure = _figure(figsize=(7, 3.6 if lines else 1.2 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for i, (key, name, colour) in enumerate((("rank1", "Rank-1", "#3b6fb6"), ("mAP", "mAP", "#e08a2e"))):
-        values, spread = ([100 * row[of] for row in rows] for of in (key, f"{key}_std"))
+        values, deviations = ([100 * row[of] for row in rows] for of in (key, f"{key}_std"))
+        spread = deviations if any(deviations) else None  # one seed has none
         if lines:
             axes.errorbar(places, values, spread, label=name, color=colour, marker="o", capsize=3)
         else:
             at = np.arange(len(rows)) + (i - 0.5) * 0.38
-            axes.barh(at, values, 0.36, xerr=spread, label=name, color=colour, capsize=2)
+            bars = axes.barh(at, values, 0.36, xerr=spread, label=name, color=colour, capsize=2)
+            axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     if lines:
         axes.set(xlabel=table["axis"], ylabel="%", xticks=places, xticklabels=[f"{place:g}" for place in places])
     else:
         axes.set(xlabel="%", yticks=range(len(rows)), yticklabels=[row["recipe"] for row in rows])
         axes.invert_yaxis()
-    axes.set_title(f"{table['title']} ({table['data']})")
-    axes.legend(frameon=False)
+        axes.margins(x=0.08)
+    axes.set_title(f"{table['title']} ({table['data']})", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower right", ncols=2, frameon=False)
     with rc_context({"svg.hashsalt": table["suite"]}), atomic_write(path) as file:  # the same bytes again
         figure.savefig(file, format="svg", metadata={"Date": None})
 
@@ -503,7 +506,7 @@ def _result(
     path = run / f"{'-'.join(['result', *(f'{key}_{value}' for key, value in sorted(said.items()))])}.json"
     if path.exists() and not differences(read_config(str(run / "config.yaml")), config):
         found = dict(json.loads(path.read_text()))
-        if found["held"] == held:
+        if found.get("held") == held:
             return found
     run.mkdir(parents=True, exist_ok=True)
     scores: np.ndarray | None
