@@ -5,7 +5,8 @@
 flow.png: a query of the demo, the body fitted to it, its cloud from three sides, and its best matches in the gallery.
 modes.png: the query's clouds in each mode. worst.png: the least confident of the demo's crops. worlds.jpg: people of
 the synthetic worlds and what is known of them; it needs no demo: docs/pictures.py --worlds. Nor does fits.jpg, twelve
-of the fitter's held-out crops with the bodies fitted to them: docs/pictures.py --fits.
+of the fitter's held-out crops with the bodies fitted to them: docs/pictures.py --fits. background.jpg: clouds of the
+study `background`, from its folder: docs/pictures.py --background studies.
 """
 
 import argparse
@@ -48,8 +49,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--worlds", action="store_true", help="draw worlds.jpg alone")
     parser.add_argument("--fits", action="store_true", help="draw fits.jpg alone")
+    parser.add_argument("--background", type=Path, help="folder of the study; draw background.jpg alone")
     args = parser.parse_args()
-    if args.worlds or args.fits:
+    if args.worlds or args.fits or args.background:
+        if args.background:
+            background(args.background).save(args.out / "background.jpg", quality=85)
         if args.worlds:
             worlds().save(args.out / "worlds.jpg", quality=88)
         if args.fits:
@@ -119,6 +123,20 @@ def worlds() -> Image.Image:
     picture[: sheets[0].shape[0], :wide], picture[: sheets[0].shape[0], wide + gap :] = sheets
     picture[-128:, : below.shape[1]] = below[:, : picture.shape[1]]
     return Image.fromarray(picture)
+
+
+def background(studies: Path) -> Image.Image:
+    """Clouds of eight people: the visible part of the body, the rest of the person beside it, all."""
+    every, person = (reid3d.open_dataset(studies / name).train for name in ("clouds", "clouds-person"))
+    rows: list[list[Panel]] = [[], [], []]
+    for i in range(0, len(every), -(-len(every) // 8)):
+        whole = every.cloud(i)
+        body = whole.vertex >= 0
+        visible = PointCloud(whole.xyz[body], whole.rgb[body], whole.vertex[body])
+        for row, cloud in zip(rows, (visible, person.cloud(i), whole), strict=True):
+            row.append(Panel("", turned(cloud, 0.5)))
+    picture = grid(rows, size=1)
+    return picture.resize((picture.width * 3 // 5, picture.height * 3 // 5))
 
 
 def marked(crop: np.ndarray, seen: np.ndarray, joints: np.ndarray) -> np.ndarray:
