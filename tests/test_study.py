@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -281,16 +282,21 @@ def counting(monkeypatch):
 @pytest.mark.parametrize("budget", ["cpu", "gpu", "paper"])
 def test_every_study_can_be_built(budget, tmp_path):
     assert tuple(studies.STUDIES) == STUDIES  # what the command line offers, without importing torch
+    built: set[str] = set()
     for name in STUDIES:
         made = studies.study(name, budget)
         assert made.name == name and len({row.name for row in made.rows}) == len(made.rows) > 1
         assert all((row.x is None) == (made.axis is None) for row in made.rows)
         for row in made.rows:
             config = study._config(row, 0, None, "cpu", tmp_path, "duke")
+            sizes = json.dumps([asdict(config.model), config.cloud.points, config.image.height])
+            if sizes in built:
+                continue
+            built.add(sizes)
             with torch.device("meta"):
-                model = create_model(config.model.name, **config.model.kwargs).eval()
+                model = study._bare(config)
                 if model.inputs == "image":
-                    model(torch.rand(2, 3, *study._bare(config).size))
+                    model(torch.rand(2, 3, *model.size))
             assert model.inputs in ("cloud", "image") and config.cloud.points >= getattr(model, "min_points", 1)
 
 
