@@ -221,7 +221,8 @@ def k(size: Size) -> Study:
 
 def density(size: Size) -> Study:
     counts = [size.points * times // 8 for times in (2, 4, 6, 8, 12, 16)]
-    rows = tuple(ognet(size, f"{count} points", test=Trial(points=count), x=count) for count in counts)
+    tests = [Trial(points=count if count != size.points else None) for count in counts]  # as every other study tests it
+    rows = tuple(ognet(size, f"{count} points", test=test, x=count) for count, test in zip(counts, tests, strict=True))
     return Study("density", f"Points at test time, {size.points} in training", rows, axis="points of a cloud")
 
 

@@ -327,7 +327,7 @@ def plot(table: dict[str, Any], path: Path) -> None:
         axes.set(xlabel="%", yticks=range(len(rows)), yticklabels=[row["recipe"] for row in rows])
         axes.invert_yaxis()
         axes.margins(x=0.08)
-    axes.set_title(f"{table['title']} ({table['data']})", fontsize=11)
+    figure.suptitle(f"{table['title']} ({table['data']})", fontsize=11)  # over all: names of rows may be long
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower right", ncols=2, frameon=False)
     with rc_context({"svg.hashsalt": table["suite"]}), atomic_write(path) as file:  # the same bytes again
