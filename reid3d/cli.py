@@ -27,7 +27,7 @@ CLOUD_FILES = (".ply", ".obj", ".glb")
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 RATES = (0.01, 0.001)  # of false matches
 STUDIES = (
-    *("inputs", "background", "models", "transfer", "components", "shortcut", "k", "density", "views", "fit"),
+    *("inputs", "background", "models", "transfer", "components", "graphs", "shortcut", "k", "density", "views", "fit"),
     *("postproc", "plr_osnet", "relation", "rmgl"),
 )
 CLOCKS = ("frames", "seconds", "market-continuous", "market-official", "duke")

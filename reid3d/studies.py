@@ -206,6 +206,24 @@ def components(size: Size) -> Study:
     return Study("components", "Parts of OG-Net-Small", rows)
 
 
+def graphs(size: Size) -> Study:
+    """Whether the graphs pay may depend on what else there is: each with and without SE, on all of the crop and on the
+    body alone, so that what a part is worth is a mean of four pairs.
+    """
+    rows = []
+    for seen, words in {"all": (), "visible part": ("--cloud.background", "false")}.items():
+        for se in (False, True):
+            for graph in ("no graph", "graph", "graph, non-local graph"):
+                kwargs: dict[str, Any] = {} if se else {"se": False}
+                if graph == "no graph":
+                    kwargs["k"] = 1
+                elif graph == "graph":
+                    kwargs["nonlocal_graph"] = False
+                name = f"{seen}: {'SE, ' if se else ''}{graph}"
+                rows.append(ognet(size, name, words=words, circle=True, kwargs=kwargs))
+    return Study("graphs", "Graphs with and without SE, of the crop and of the body", tuple(rows))
+
+
 def shortcut(size: Size) -> Study:
     rows = (
         ognet(size, "without", "ognet_deep", circle=True, kwargs={"shortcut": False}, paper={"market": (None, 68.49)}),
@@ -300,7 +318,7 @@ def rmgl(size: Size) -> Study:
 
 
 MAKERS = (
-    *(inputs, background, models, transfer, components, shortcut, k, density, views, fit, postproc),
+    *(inputs, background, models, transfer, components, graphs, shortcut, k, density, views, fit, postproc),
     *(plr_osnet, relation, rmgl),
 )
 STUDIES: dict[str, Callable[[Size], Study]] = {maker.__name__: maker for maker in MAKERS}
