@@ -83,6 +83,12 @@ def of_2d(size: Size, name: str, model: str, market: tuple[float, float] | None 
     return Row(name, size.of_2d.format(model), backbone="osnet" if model == "plr_osnet" else "resnet50", **changes)
 
 
+def methods(size: Size) -> list[Row]:
+    """The four 2D methods, whose images stay as they are."""
+    named = {"PLR-OSNet": "plr_osnet", "relation network, S": "relation_s", "RMGL": "rmgl", "QAConv": "qaconv50"}
+    return [of_2d(size, name, model) for name, model in named.items()]
+
+
 def inputs(size: Size) -> Study:
     rows = (
         ognet(
@@ -173,10 +179,7 @@ def models(size: Size) -> Study:
             "resnet50",
             paper={market: (84.59, 65.31), duke: (73.20, 55.96), msmt: (46.88, 22.25), cuhk: (35.43, 32.09)},
         ),
-        of_2d(size, "PLR-OSNet", "plr_osnet"),
-        of_2d(size, "relation network, S", "relation_s"),
-        of_2d(size, "RMGL", "rmgl"),
-        of_2d(size, "QAConv", "qaconv50"),
+        *methods(size),
     )
     return Study("models", "Networks of clouds and of images", rows, sized=True)
 
@@ -246,8 +249,8 @@ def density(size: Size) -> Study:
 
 def views(size: Size) -> Study:
     turns = (0, 10, 20, 30, 45, 60, 90)
-    clouds = (ognet(size, f"OG-Net-Small, {turn} degrees", test=Trial(turn=turn), x=turn) for turn in turns)
-    return Study("views", "Queries' clouds turned about the vertical", tuple(clouds), axis="degrees")
+    clouds = [ognet(size, f"OG-Net-Small, {turn} degrees", test=Trial(turn=turn), x=turn) for turn in turns]
+    return Study("views", "Queries' clouds turned about the vertical", (*clouds, *methods(size)), axis="degrees")
 
 
 def fit(size: Size) -> Study:

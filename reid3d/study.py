@@ -93,7 +93,8 @@ class Row(NamedTuple):
 
 class Study(NamedTuple):
     """name: of its files. title: of its table and plot. sized: whether the table says how large and fast networks are.
-    axis: what the rows' x are; None where they are names. budget: how it is called.
+    axis: what the rows' x are, of which the last rows may have none, and stand beside the others; None where all are
+    names. budget: how it is called.
     """
 
     name: str
@@ -302,27 +303,37 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def plot(table: dict[str, Any], path: Path) -> None:
-    """The table's Rank-1 and mAP, with their deviations, as SVG: bars, or lines where its rows have places on an axis.
+    """The table's Rank-1 and mAP, with their deviations, as SVG: bars, or lines where its rows have places on an axis,
+    with points beside for those that have none.
 
     Raises: ImportError without matplotlib.
     """
     from matplotlib import rc_context
 
-    rows, places = table["rows"], [row["x"] for row in table["rows"]]
-    lines = table["axis"] is not None
+    rows, lines = table["rows"], table["axis"] is not None
+    places = [row["x"] for row in rows if row["x"] is not None]
+    joined = len(places)
+    if lines:
+        step = (max(places) - min(places)) / joined
+        places += [max(places) + step * (i + 1) for i in range(len(rows) - joined)]
     figure = _figure(figsize=(7, 3.6 if lines else 1.2 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for i, (key, name, colour) in enumerate((("rank1", "Rank-1", "#3b6fb6"), ("mAP", "mAP", "#e08a2e"))):
         values, deviations = ([100 * row[of] for row in rows] for of in (key, f"{key}_std"))
         spread = deviations if any(deviations) else None  # one seed has none
         if lines:
-            axes.errorbar(places, values, spread, label=name, color=colour, marker="o", capsize=3)
+            axes.errorbar(places, values, spread, label=name, color=colour, fmt="o", capsize=3)
+            axes.plot(places[:joined], values[:joined], color=colour)
         else:
             at = np.arange(len(rows)) + (i - 0.5) * 0.38
             bars = axes.barh(at, values, 0.36, xerr=spread, label=name, color=colour, capsize=2)
             axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     if lines:
-        axes.set(xlabel=table["axis"], ylabel="%", xticks=places, xticklabels=[f"{place:g}" for place in places])
+        ticks = [row["recipe"] if row["x"] is None else f"{row['x']:g}" for row in rows]
+        axes.set(xlabel=table["axis"], ylabel="%")
+        axes.set_xticks(places, ticks)
+        for label in axes.get_xticklabels()[joined:]:  # names
+            label.set(rotation=25, ha="right")
     else:
         axes.set(xlabel="%", yticks=range(len(rows)), yticklabels=[row["recipe"] for row in rows])
         axes.invert_yaxis()

@@ -286,7 +286,8 @@ def test_every_study_can_be_built(budget, tmp_path):
     for name in STUDIES:
         made = studies.study(name, budget)
         assert made.name == name and len({row.name for row in made.rows}) == len(made.rows) > 1
-        assert all((row.x is None) == (made.axis is None) for row in made.rows)
+        placed = [row.x is not None for row in made.rows]
+        assert placed == sorted(placed, reverse=True) and placed[0] == (made.axis is not None)
         for row in made.rows:
             config = study._config(row, 0, None, "cpu", tmp_path, "duke")
             sizes = json.dumps([asdict(config.model), config.cloud.points, config.image.height])
@@ -483,3 +484,6 @@ def test_plots_of_bars_and_of_lines(tmp_path):
             study.plot(table, tmp_path / name)
         assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
         ElementTree.parse(tmp_path / "one.svg")
+    table["rows"] = [*rows, {**rows[0], "recipe": "of no place", "x": None}]
+    study.plot(table, tmp_path / "beside.svg")
+    assert "of no place" in (tmp_path / "beside.svg").read_text()  # as a comment: text is drawn
