@@ -213,18 +213,20 @@ def graphs(size: Size) -> Study:
     """Whether the graphs pay may depend on what else there is: each with and without SE, on all of the crop and on the
     body alone, so that what a part is worth is a mean of four pairs.
     """
-    rows = []
-    for seen, words in {"all": (), "visible part": ("--cloud.background", "false")}.items():
-        for se in (False, True):
-            for graph in ("no graph", "graph", "graph, non-local graph"):
-                kwargs: dict[str, Any] = {} if se else {"se": False}
-                if graph == "no graph":
-                    kwargs["k"] = 1
-                elif graph == "graph":
-                    kwargs["nonlocal_graph"] = False
-                name = f"{seen}: {'SE, ' if se else ''}{graph}"
-                rows.append(ognet(size, name, words=words, circle=True, kwargs=kwargs))
-    return Study("graphs", "Graphs with and without SE, of the crop and of the body", tuple(rows))
+    clouds: dict[str, tuple[str, ...]] = {"all": (), "visible part": ("--cloud.background", "false")}
+    gates: dict[str, dict[str, Any]] = {"": {"se": False}, "SE, ": {}}
+    kinds: dict[str, dict[str, Any]] = {
+        "no graph": {"k": 1},
+        "graph": {"nonlocal_graph": False},
+        "graph, non-local graph": {},
+    }
+    rows = tuple(
+        ognet(size, f"{seen}: {se}{graph}", words=clouds[seen], circle=True, kwargs={**gates[se], **kinds[graph]})
+        for seen in clouds
+        for se in gates
+        for graph in kinds
+    )
+    return Study("graphs", "Graphs with and without SE, of the crop and of the body", rows)
 
 
 def shortcut(size: Size) -> Study:

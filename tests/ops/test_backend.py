@@ -55,6 +55,14 @@ def test_the_same_tests_pass_with_every_set_of_kernels(kernels):
         assert run("from reid3d import doctor; print(doctor.report()['isa'])", **environment) == kernels
 
 
+@pytest.mark.skipif(not (PACKAGE / "_C.so").is_file(), reason="nothing is compiled")
+@pytest.mark.parametrize("asked", ["portable", "avx2"])
+def test_asked_for_kernels_are_used_where_the_processor_has_them(asked):
+    has = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    isa = run("from reid3d import doctor; print(doctor.report()['isa'])", REID3D_ISA=asked, REID3D_NO_EXTENSION="0")
+    assert isa == (asked if has else "portable")
+
+
 def test_unknown_instructions_are_refused():
     text = run("import reid3d.doctor as d; print(d.format_report(d.report()))", REID3D_ISA="neon")
     assert "REID3D_ISA must be avx512, avx2 or portable, got neon" in text
