@@ -43,6 +43,7 @@ from .synth.render import Renderer, sample_scenes
 SKIN = 256  # vertices that the loss looks at
 CHECKPOINT_EVERY = 500  # steps
 EVALUATE_EVERY = 2000
+EVALUATE_CROPS = 512
 # The batches share out the seeds: run r trains on r << 20, (r << 20) + 1, ...
 RUN_BITS = 20
 MEAN = 2 << 30  # first seed of the batches that give the mean
@@ -408,7 +409,7 @@ def _train(rank: int, recipe: Recipe, out: Path, workers: int, device: str, meet
             line = {"step": step, "images": step * recipe.batch, "hours": round(state["hours"], 3)}
             line |= {"loss": round(running, 4), "images_a_second": round((step - done) * recipe.batch / seconds)}
             if step % EVALUATE_EVERY == 0 or step == recipe.steps:
-                line |= evaluate(EmbeddedFitter(out / WEIGHTS), 512, 0)
+                line |= evaluate(EmbeddedFitter(out / WEIGHTS), EVALUATE_CROPS, 0)
             with log.open("a") as lines:
                 lines.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)
