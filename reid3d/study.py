@@ -8,7 +8,6 @@ studies.py.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import io
@@ -199,7 +198,8 @@ def run_study(
 
     Raises: ValueError: seeds below 1, too few data sets, one without one of the splits, times that are asked for and
         not known, or a folder that holds clouds or a run of other data; FileNotFoundError: true bodies of no synthetic
-        world; ImportError: no matplotlib; as `train` and `convert_folder`.
+        world; ImportError: no matplotlib; RuntimeError: in the end, when all others are done, if runs fail; as `train`
+        and `convert_folder`.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
@@ -221,13 +221,13 @@ def run_study(
         if row.test.lift:
             _seconds_of(worlds[row.test.on].dataset(kind, row.bodies), clock)
     found: dict[tuple[int, int], dict[str, Any]] = {}
+    failed: dict[tuple[int, int], str] = {}
     kept = _Kept()
-    while len(found) < len(study.rows) * seeds:
-        before = len(found)
+    while (before := len(found) + len(failed)) < len(study.rows) * seeds:
         for i, (row, kind) in enumerate(zip(study.rows, inputs, strict=True)):
             learnt, tested = worlds[row.trained_on], worlds[row.test.on]
             for seed in range(seeds):
-                if (i, seed) in found:
+                if (i, seed) in found or (i, seed) in failed:
                     continue
                 config = replace(configs[i][seed], data=str(learnt.path(kind, row.bodies)))
                 held = {
@@ -235,12 +235,24 @@ def run_study(
                     "query": tested.fingerprint(kind, row.bodies, "query"),
                     "gallery": tested.fingerprint(kind, row.bodies, "gallery"),
                 }
-                with contextlib.suppress(BlockingIOError):  # another process is at it: later
+                try:
                     result = _result(config, tested.dataset(kind, row.bodies), held, row.test, clock, kept)
+                except BlockingIOError:  # another process is at it: later
+                    continue
+                except RuntimeError as error:  # its loss is not finite, or the memory too small: the others first
+                    failed[i, seed] = str(error)
+                    say(f"{row.name}, seed {seed}: {error}")
+                else:
                     found[i, seed] = result
                     say(f"{row.name}, seed {seed}: Rank-1 {result['rank1']:.1%}, mAP {result['mAP']:.1%}")
-        if len(found) == before:
+        if len(found) + len(failed) == before:
             time.sleep(PAUSE)
+    if failed:
+        (i, seed), why = next(iter(failed.items()))
+        raise RuntimeError(
+            f"{len(failed)} of {len(failed) + len(found)} runs failed, so that there is no table; the first, "
+            f"{study.rows[i].name}, seed {seed}: {why}"
+        )
     rows = [
         _row(row, kind, [found[i, seed] for seed in range(seeds)], configs[i][0], worlds, study)
         for i, (row, kind) in enumerate(zip(study.rows, inputs, strict=True))
@@ -439,28 +451,29 @@ class _World:
 
 
 class _Kept:
-    """The features of the last run, which may be tested in several ways."""
+    """The model of the last run and its features, which may be tested in several ways."""
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
-        self._value: tuple[Any, Features, Features] | None = None
+        self._of: tuple[Any, ...] = ()
+        self._turn: float | None = None
 
     def __call__(self, run: Path, dataset: Any, test: Trial, device: str) -> tuple[Any, Features, Features]:
         """The model, the queries and the gallery."""
-        key = run, dataset.root, test.points, test.turn
-        if self._value is None or key != self._key:
-            model: Any = create_model(weights=run / "model.safetensors")
-            splits = [dataset.query, dataset.gallery]
+        of, where = (run, dataset.root, test.points), resolve_device(device)
+        if self._of != of:
+            self._of, self._turn = (), None
+            self._model: Any = create_model(weights=run / "model.safetensors")
+            self._gallery = extract(self._model, dataset.gallery, points=test.points, device=where)
+            self._of = of
+        if self._turn != test.turn:
             if test.turn:
-                points = test.points or model.points
-                splits = [
-                    split.with_transform(Turned(points, model.background, degrees))
-                    for split, degrees in zip(splits, (test.turn, 0.0), strict=True)
-                ]
-            points = None if test.turn else test.points
-            q, g = (extract(model, split, points=points, device=resolve_device(device)) for split in splits)
-            self._key, self._value = key, (model, q, g)
-        return self._value
+                turned = Turned(test.points or self._model.points, self._model.background, test.turn)
+                query = extract(self._model, dataset.query.with_transform(turned), device=where)
+                self._query = replace(query, made_by=self._gallery.made_by)  # otherwise made, and on purpose
+            else:
+                self._query = extract(self._model, dataset.query, points=test.points, device=where)
+            self._turn = test.turn
+        return self._model, self._query, self._gallery
 
 
 def _config(

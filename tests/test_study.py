@@ -353,8 +353,11 @@ def test_one_run_is_tested_in_many_ways(world, both, tmp_path, monkeypatch):
         Trial(points=32),
     ]
     rows = [Row(f"{i}", both[0], test=test) for i, test in enumerate(tests)]
+    seen: list[str] = []
+    monkeypatch.setattr(study, "extract", lambda net, of, **more: (seen.append(of.name), extract(net, of, **more))[1])
     table = run_study(Study("ways", "Ways", tuple(rows)), [world], tmp_path / "out")
     assert len(trained) == len(tests) and len(set(trained)) == 1  # asked each time, and done once
+    assert seen == ["gallery", "query", "query", "gallery", "query"]  # again only what others are
     run = tmp_path / "out" / "runs" / table["rows"][0]["runs"][0]["run"]
     clouds = open_clouds(tmp_path / "out" / "clouds")
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
@@ -411,6 +414,16 @@ def test_runs_of_other_processes_are_passed_over_and_waited_for(world, both, tmp
     run_study(Study("shared", "S", tuple(rows)), [world], tmp_path / "out", say=said.append)
     assert [line.partition(",")[0] for line in said] == ["second", "first"]
     assert len(slept) == 1 and len(slept[0]) == 1  # only when nothing else was left
+
+
+def test_a_run_that_fails_stops_none_of_the_others(world, both, tmp_path):
+    rows = [Row("wild", both[1], words=("--train.lr", "1e30")), Row("tame", both[1])]
+    said, message = [], "wild, seed 0: the loss is (nan|inf) in epoch 1: train.lr 1e[+]30 may be too high"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"^1 of 2 runs failed, so that there is no table; the first, {message}"):
+            run_study(Study("some", "S", tuple(rows)), [world], tmp_path / "out", say=said.append)
+    assert re.fullmatch(message, said[0]) and said[1].startswith("tame, seed 0: Rank-1") and said[2:] == said[:2]
+    assert not list((tmp_path / "out").glob("some*"))
 
 
 def test_bodies_of_a_study(world, toy, tmp_path):
