@@ -221,13 +221,15 @@ def run_study(
         if row.test.lift:
             _seconds_of(worlds[row.test.on].dataset(kind, row.bodies), clock)
     found: dict[tuple[int, int], dict[str, Any]] = {}
-    failed: dict[tuple[int, int], str] = {}
+    failed: dict[str, str] = {}  # why, by run, which rows may share
     kept = _Kept()
-    while (before := len(found) + len(failed)) < len(study.rows) * seeds:
+    left = True
+    while left:
+        left, before = False, len(found) + len(failed)
         for i, (row, kind) in enumerate(zip(study.rows, inputs, strict=True)):
             learnt, tested = worlds[row.trained_on], worlds[row.test.on]
             for seed in range(seeds):
-                if (i, seed) in found or (i, seed) in failed:
+                if (i, seed) in found or configs[i][seed].out in failed:
                     continue
                 config = replace(configs[i][seed], data=str(learnt.path(kind, row.bodies)))
                 held = {
@@ -238,20 +240,19 @@ def run_study(
                 try:
                     result = _result(config, tested.dataset(kind, row.bodies), held, row.test, clock, kept)
                 except BlockingIOError:  # another process is at it: later
-                    continue
+                    left = True
                 except RuntimeError as error:  # its loss is not finite, or the memory too small: the others first
-                    failed[i, seed] = str(error)
-                    say(f"{row.name}, seed {seed}: {error}")
+                    failed[config.out] = f"{row.name}, seed {seed}: {error}"
+                    say(failed[config.out])
                 else:
                     found[i, seed] = result
                     say(f"{row.name}, seed {seed}: Rank-1 {result['rank1']:.1%}, mAP {result['mAP']:.1%}")
-        if len(found) + len(failed) == before:
+        if left and len(found) + len(failed) == before:
             time.sleep(PAUSE)
     if failed:
-        (i, seed), why = next(iter(failed.items()))
+        count = len({config.out for row_configs in configs for config in row_configs})
         raise RuntimeError(
-            f"{len(failed)} of {len(failed) + len(found)} runs failed, so that there is no table; the first, "
-            f"{study.rows[i].name}, seed {seed}: {why}"
+            f"{len(failed)} of {count} runs failed, so that there is no table; the first, {next(iter(failed.values()))}"
         )
     rows = [
         _row(row, kind, [found[i, seed] for seed in range(seeds)], configs[i][0], worlds, study)

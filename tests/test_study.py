@@ -418,6 +418,7 @@ def test_runs_of_other_processes_are_passed_over_and_waited_for(world, both, tmp
 
 def test_a_run_that_fails_stops_none_of_the_others(world, both, tmp_path):
     rows = [Row("wild", both[1], words=("--train.lr", "1e30")), Row("tame", both[1])]
+    rows.append(rows[0]._replace(name="wild again", test=Trial(rerank=True)))  # of the same run: no second time
     said, message = [], "wild, seed 0: the loss is (nan|inf) in epoch 1: train.lr 1e[+]30 may be too high"
     for _ in range(2):
         with pytest.raises(RuntimeError, match=f"^1 of 2 runs failed, so that there is no table; the first, {message}"):
