@@ -12,7 +12,7 @@ import pytest
 PROGRAMS = sorted(Path(__file__).parent.glob("*.cpp"))
 # -march=native: an fma of the machine where it has one. No contraction: csrc/rounding.h.
 NATIVE = ["-march=native"] if platform.machine() == "x86_64" else []
-FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", *NATIVE]
+FLAGS = ["-std=c++17", "-Og", "-g1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", *NATIVE]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
