@@ -77,6 +77,13 @@ def ognet(
     return Row(name, recipe, model, kwargs, (*size.words, *words), **changes)
 
 
+def of_clouds(
+    size: Size, name: str, model: str, kwargs: dict[str, Any], words: tuple[str, ...] = (), **changes: Any
+) -> Row:
+    """A row of another network of clouds, by the recipe of OG-Net-Small."""
+    return Row(name, size.recipe.format("ognet_small"), model, kwargs, (*size.words, *words), **changes)
+
+
 def of_2d(size: Size, name: str, model: str, market: tuple[float, float] | None = None, **changes: Any) -> Row:
     """A row of one of the four 2D methods, by its own recipe. market: published Rank-1 and mAP on Market-1501."""
     changes = {"paper": {"market": market} if market else {}, **changes}
@@ -114,7 +121,8 @@ def inputs(size: Size) -> Study:
 
 def background(size: Size) -> Study:
     """Why the background pays or does not: it holds what is worn beyond the body, and takes points from the body, which
-    is about a quarter of a crop. A synthetic world tells which of its pixels are the person's.
+    is about a quarter of a crop. A synthetic world tells which of its pixels are the person's. PointNet++ tells whether
+    it is so for other networks too.
     """
     centres = size.net.get("init_points", 768)  # of the first sampling
 
@@ -130,27 +138,31 @@ def background(size: Size) -> Study:
         *(of("visible part", share, *alone) for share in (0.25, 0.5, 1)),
         of("and the rest of the person", bodies="person"),
         *(of("and background", share) for share in (1, 2)),
+        *(
+            of_clouds(size, f"{name}, {seen}", model, size.pointnet2, words)
+            for name, model in {"PointNet++ SSG": "pointnet2_ssg", "PointNet++ MSG": "pointnet2_msg"}.items()
+            for seen, words in {"visible part": alone, "and background": ()}.items()
+        ),
     )
     return Study("background", "What the background adds and takes", rows)
 
 
 def models(size: Size) -> Study:
-    def other(name: str, model: str, kwargs: dict[str, Any], **changes: Any) -> Row:
-        return Row(name, size.recipe.format("ognet_small"), model, kwargs, size.words, **changes)
-
     def plain(name: str, model: str, **changes: Any) -> Row:
         return Row(name, size.recipe.format("ognet_small"), model, {}, (*size.words, *size.images), **changes)
 
     market, duke, msmt, cuhk = "market", "duke", "msmt", "cuhk"
     rows = (
-        other("DGCNN", "dgcnn", size.dgcnn, paper={msmt: (2.84, 1.19)}),
-        other(
+        of_clouds(size, "DGCNN", "dgcnn", size.dgcnn, paper={msmt: (2.84, 1.19)}),
+        of_clouds(
+            size,
             "PointNet++ SSG",
             "pointnet2_ssg",
             size.pointnet2,
             paper={market: (61.79, 37.89), duke: (55.70, 35.16), msmt: (22.94, 9.61), cuhk: (14.57, 13.97)},
         ),
-        other(
+        of_clouds(
+            size,
             "PointNet++ MSG",
             "pointnet2_msg",
             size.pointnet2,
