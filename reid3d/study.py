@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import bench
+from .baselines.weights import load_backbone
 from .cloud import PointCloud
 from .config import ModelConfig, TrainConfig, dump_config, read_config, recipes
-from .data import CloudDataset, ImageDataset, list_images, open_clouds, open_dataset, validate_protocol
+from .data import CloudDataset, ImageDataset, layouts, list_images, open_clouds, open_dataset, validate_protocol
 from .data.transforms import EvalTransform
 from .io import atomic_write, hold_folder
 from .models import create_model, list_models, resolve_device
@@ -74,7 +75,8 @@ class Row(NamedTuple):
     without them its figures are another thing's, and are not shown. bodies: in its clouds, "fitted",
     "mean" for an upright one, or, as a synthetic world tells, "true", and "person" for fitted ones with the person's
     other pixels in place of all the background. trained_on: which of the data sets. paper: published Rank-1 and mAP, %,
-    by short name of the data set, or "market to duke". x: its place on the axis of the plot.
+    by short name of the data set, or "market to duke"; shown where all of its images are there. x: its place on the
+    axis of the plot.
     """
 
     name: str
@@ -197,9 +199,9 @@ def run_study(
         "ms" (of the network on a CPU, once for an item in a batch of 8) in its rows.
 
     Raises: ValueError: seeds below 1, too few data sets, one without one of the splits, times that are asked for and
-        not known, or a folder that holds clouds or a run of other data; FileNotFoundError: true bodies of no synthetic
-        world; ImportError: no matplotlib; RuntimeError: in the end, when all others are done, if runs fail; as `train`
-        and `convert_folder`.
+        not known, a folder that holds clouds or a run of other data, or weights of another backbone; FileNotFoundError:
+        such weights are not there, or true bodies of no synthetic world are asked for; ImportError: no matplotlib;
+        RuntimeError: in the end, when all others are done, if runs fail; as `train` and `convert_folder`.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
@@ -213,8 +215,16 @@ def run_study(
         [_config(row, seed, epochs, device, out, worlds[row.trained_on].short, backbones) for seed in range(seeds)]
         for row in study.rows
     ]
-    inputs = [str(_bare(runs[0]).inputs) for runs in configs]
-    for row, kind in zip(study.rows, inputs, strict=True):  # before hours of training
+    for world in worlds:
+        if world.short and not world.whole:
+            say(f"{world.root}: these are not all of the published images, and published figures are not shown")
+    inputs = []  # this and what follows: what would fail otherwise after hours of training
+    for first, *_ in configs:
+        model = _bare(first)
+        inputs.append(str(model.inputs))
+        if first.model.backbone:
+            load_backbone(model, first.model.backbone)
+    for row, kind in zip(study.rows, inputs, strict=True):
         for i in (row.trained_on, row.test.on):
             dataset = worlds[i].dataset(kind, row.bodies)
             validate_protocol(dataset.query, dataset.gallery)
@@ -241,7 +251,7 @@ def run_study(
                     result = _result(config, tested.dataset(kind, row.bodies), held, row.test, clock, kept)
                 except BlockingIOError:  # another process is at it: later
                     left = True
-                except RuntimeError as error:  # its loss is not finite, or the memory too small: the others first
+                except (RuntimeError, MemoryError) as error:  # such as a loss that is not finite: the others first
                     failed[config.out] = f"{row.name}, seed {seed}: {error}"
                     say(failed[config.out])
                 else:
@@ -399,7 +409,9 @@ class Turned(EvalTransform):
 
 
 class _World:
-    """One of the data sets, as images and as clouds of whatever bodies. short: of SHORT, if it is a published one."""
+    """One of the data sets, as images and as clouds of whatever bodies. short: of SHORT, if it is a published one or
+    a part of it. whole: whether it is all of it.
+    """
 
     def __init__(self, root: str | Path, out: Path, number: int) -> None:
         self.root, self.name = Path(root), Path(root).absolute().name
@@ -410,7 +422,9 @@ class _World:
         for split in (images.train, images.query, images.gallery):
             if not len(split):
                 raise ValueError(f"data must have the splits train, query and gallery, got no {split.name} in {root}")
-        self.short = SHORT.get(list_images(root).layout)
+        listing = list_images(root)
+        self.short = SHORT.get(listing.layout)
+        self.whole = self.short is not None and layouts.count(listing.images) == layouts.PUBLISHED[listing.layout][1]
         self._images = images
         self._clouds: dict[Bodies, CloudDataset] = {}
         self._fingerprints: dict[tuple[Any, ...], str] = {}
@@ -458,9 +472,11 @@ class _Kept:
         self._of: tuple[Any, ...] = ()
         self._turn: float | None = None
 
-    def __call__(self, run: Path, dataset: Any, test: Trial, device: str) -> tuple[Any, Features, Features]:
-        """The model, the queries and the gallery."""
-        of, where = (run, dataset.root, test.points), resolve_device(device)
+    def __call__(
+        self, run: Path, dataset: Any, held: dict[str, str], test: Trial, device: str
+    ) -> tuple[Any, Features, Features]:
+        """The model, the queries and the gallery. held: fingerprints; two tables of images may have the same root."""
+        of, where = (run, held["query"], held["gallery"], test.points), resolve_device(device)
         if self._of != of:
             self._of, self._turn = (), None
             self._model: Any = create_model(weights=run / "model.safetensors")
@@ -525,10 +541,7 @@ def _result(
 ) -> dict[str, Any]:
     """Train, or go on, and test; or what was written when that was done. held: fingerprints of the splits."""
     run = Path(config.out)
-    said = {key: f"{value:g}" for key, value in test._asdict().items() if value != Trial._field_defaults[key]}
-    if test.lift:
-        said["clock"] = clock
-    path = run / f"{'-'.join(['result', *(f'{key}_{value}' for key, value in sorted(said.items()))])}.json"
+    path = run / _result_name(test, clock)
     if path.exists() and not differences(read_config(str(run / "config.yaml")), config):
         found = dict(json.loads(path.read_text()))
         if found.get("held") == held:
@@ -537,7 +550,7 @@ def _result(
     scores: np.ndarray | None
     with hold_folder(run, "another study", name=".study"):
         train(config)
-        model, query, gallery = kept(run, dataset, test, config.train.device)
+        model, query, gallery = kept(run, dataset, held, test, config.train.device)
         if test.rerank or test.lift:
             gallery = gallery.subset(np.flatnonzero(gallery.pids != -1))  # junk is nobody's neighbour
             scores = _lifted(model, query, gallery, test, clock, dataset)
@@ -562,6 +575,13 @@ def _result(
         with atomic_write(path) as file:
             file.write(json.dumps(found, indent=2).encode() + b"\n")
     return found
+
+
+def _result_name(test: Trial, clock: Clock) -> str:
+    said = {key: f"{value:g}" for key, value in test._asdict().items() if value != Trial._field_defaults[key]}
+    if test.lift:
+        said["clock"] = clock
+    return "-".join(["result", *(f"{key}_{value}" for key, value in sorted(said.items()))]) + ".json"
 
 
 def _lifted(model: Any, q: Features, g: Features, test: Trial, clock: Clock, dataset: Any) -> np.ndarray:
@@ -596,7 +616,7 @@ def _row(
 ) -> dict[str, Any]:
     trained, tested = worlds[row.trained_on], worlds[row.test.on]
     published = row.paper.get(f"{tested.short}" if trained is tested else f"{trained.short} to {tested.short}")
-    if row.backbone and config.model.backbone is None:
+    if not (trained.whole and tested.whole) or row.backbone and config.model.backbone is None:
         published = None
     size = f"{config.cloud.points} points"
     if inputs == "image":

@@ -235,7 +235,8 @@ def test_published_studies(path):
             folder = path.parent / "runs" / run["run"]
             assert Path(config.out).name == run["run"]
             assert not differences(read_config(str(folder / "config.yaml")), config)
-            assert run in [json.loads(result.read_text()) for result in folder.glob("result*.json")]
+            name = study._result_name(rows[row["recipe"]].test, data["clock"])
+            assert run == json.loads((folder / name).read_text())
             log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             assert [line["epoch"] for line in log] == list(range(1, run["epochs"] + 1))
             assert run["minutes"] == round(sum(line["seconds"] for line in log) / 60, 1)

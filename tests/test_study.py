@@ -20,7 +20,7 @@ from reid3d import models, ops, studies, study, synth
 from reid3d.cli import STUDIES, main
 from reid3d.cloud import PointCloud
 from reid3d.config import read_config
-from reid3d.data import open_clouds, open_dataset
+from reid3d.data import layouts, list_images, open_clouds, open_dataset
 from reid3d.data.transforms import EvalTransform
 from reid3d.io import hold_folder
 from reid3d.models import create_model
@@ -169,8 +169,15 @@ def test_what_is_lacking_is_said_before_anything_is_trained(world, both, tmp_pat
     with monkeypatch.context() as without, pytest.raises(ImportError, match=r"pip install 'reid3d\[study\]'"):
         without.setitem(sys.modules, "matplotlib.figure", None)
         compare(both[1:], table, tmp_path / "out")
-    assert not trained
+    with pytest.raises(FileNotFoundError, match="none.pth"):
+        run_study(studies.study("models", "cpu"), [world], tmp_path / "w", backbones={"osnet": tmp_path / "none.pth"})
+    assert not trained and not (tmp_path / "w").exists()
     assert compare(both[1:], table, tmp_path / "out")["rows"][0]["runs"][0]["num_query"] == 8  # a table is no folder
+    fewer = table.with_name("fewer.csv")  # of the same folder
+    fewer.write_text("\n".join(line for line in lines if ",query" not in line or ",1,query" in line))
+    rows = (Row("here", both[1]), Row("there", both[1], test=Trial(on=1)))
+    tested = run_study(Study("s", "S", rows), [table, fewer], tmp_path / "out2")["rows"]
+    assert [row["runs"][0]["num_query"] for row in tested] == [8, 4]
 
 
 def test_figures_and_recipes_of_the_data_set(monkeypatch, tmp_path):
@@ -179,8 +186,8 @@ def test_figures_and_recipes_of_the_data_set(monkeypatch, tmp_path):
     assert study._recipe("ognet_small_{}", None) == "ognet_small_market"
     assert [study._recipe("plr_osnet_{}", data) for data in ("cuhk", "duke")] == ["plr_osnet_cuhk", "plr_osnet"]
 
-    def shown(row, *shorts, **files):
-        worlds = [SimpleNamespace(short=short, name=short) for short in shorts]
+    def shown(row, *shorts, whole=True, **files):
+        worlds = [SimpleNamespace(short=short, whole=whole, name=short) for short in shorts]
         config = study._config(row, 0, None, "cpu", tmp_path, shorts[row.trained_on], files)
         run = {"rank1": 0, "mAP": 0, "mINP": 0, "chance_mAP": 0}
         return study._row(row, "image", [run], config, worlds, Study("s", "S", ()))["paper"]
@@ -193,6 +200,7 @@ def test_figures_and_recipes_of_the_data_set(monkeypatch, tmp_path):
     assert shown(plr, "market", osnet="file") == [95.6, 88.9] and shown(plr, "market") is None
     monkeypatch.setattr(study, "_bare", lambda config: SimpleNamespace(size=(1, 1)))
     assert shown(cloud, "duke") == [76.53, 57.92] and shown(cloud, None) is None
+    assert shown(cloud, "duke", whole=False) is None
     assert shown(moved, "market", "duke", resnet50="file") == [48.8, 28.7]
     assert shown(moved, "market", "market", resnet50="file") is None
     circle = {row.recipe for name in ("components", "shortcut") for row in studies.study(name, "paper").rows}
@@ -317,6 +325,8 @@ def test_a_study_of_inputs_from_the_command_line(world, toy, tmp_path, monkeypat
     trained, out = counting(monkeypatch), tmp_path / "out"
     market = shutil.copytree(world, tmp_path / "Market-1501")  # whose figures stand in the paper
     command = ["study", "inputs", "--data", str(market), "--out", str(out), "--device", "cpu"]
+    name, published = layouts.PUBLISHED["Market-1501"]
+    monkeypatch.setitem(layouts.PUBLISHED, "Market-1501", (name, layouts.count(list_images(market).images)))
     assert main([*command, "--json", str(tmp_path / "table.json")]) == 0
     printed = capsys.readouterr().out
     assert len(trained) == 3
@@ -339,6 +349,10 @@ def test_a_study_of_inputs_from_the_command_line(world, toy, tmp_path, monkeypat
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     density = ["study", "density", "--data", str(market), "--out", str(out), "--device", "cpu"]
     assert main(density) == 0 and len(set(trained)) == 3  # the third run of inputs serves here too
+    monkeypatch.setitem(layouts.PUBLISHED, "Market-1501", (name, published))
+    capsys.readouterr()
+    assert main(command) == 0 and "these are not all of the published images" in capsys.readouterr().err
+    assert not any(row["paper"] for row in json.loads((out / "inputs.json").read_text())["rows"])
 
 
 def test_one_run_is_tested_in_many_ways(world, both, tmp_path, monkeypatch):
@@ -425,6 +439,22 @@ def test_a_run_that_fails_stops_none_of_the_others(world, both, tmp_path):
             run_study(Study("some", "S", tuple(rows)), [world], tmp_path / "out", say=said.append)
     assert re.fullmatch(message, said[0]) and said[1].startswith("tame, seed 0: Rank-1") and said[2:] == said[:2]
     assert not list((tmp_path / "out").glob("some*"))
+
+
+def test_neither_does_one_that_the_memory_is_too_small_for(world, both, tmp_path, monkeypatch):
+    real, said = study.train, []
+
+    def small(config):
+        if config.train.seed == 0:
+            raise MemoryError("Unable to allocate 8 TiB")
+        return real(config)
+
+    monkeypatch.setattr(study, "train", small)
+    with pytest.raises(
+        RuntimeError, match="^1 of 2 runs failed, .*; the first, pixels, seed 0: Unable to allocate 8 TiB"
+    ):
+        run_study(Study("s", "S", (Row("pixels", both[1]),)), [world], tmp_path / "out", seeds=2, say=said.append)
+    assert said[1].startswith("pixels, seed 1: Rank-1")
 
 
 def test_bodies_of_a_study(world, toy, tmp_path):
