@@ -101,8 +101,8 @@ def tlift(
     pivots of exp(-dt**2 / sigma**2). The query's own camera is lifted like the others. So the published code; the paper
     leaves open what is tied or found twice.
 
-    scores: (Q, G) float32 in [0, 1], of any model, such as those of `reid3d.rerank`. They are multiplied by up to
-    (1 + alpha) / alpha, so a match must be several times as large as another item: of cosines it is not. None takes
+    scores: (Q, G) float32 in [0, 1], of any model, such as those of `reid3d.rerank`. The time multiplies them by alpha
+    to 1 + alpha, so a match must be several times as large as another item: of cosines it is not. None takes
     exp((cos - 1) / 0.2) = exp(-d**2 / 0.4), d the distance of unit vectors; QAConv, which the method comes from, has
     sigmoids. seconds: the times of q, (Q,), and of g, (G,), which need to agree within a camera only; None is
     clock_seconds("frames", q, g).
