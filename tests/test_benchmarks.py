@@ -215,7 +215,9 @@ def test_published_figures_of_2d_methods():
         assert cells[6:] == [f"{row['mAP'] / row['chance_mAP']:.0f}", f"{row['ms']:.1f}"]
 
 
-@pytest.mark.parametrize("path", sorted((RESULTS / "studies").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.glob("studies*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_published_studies(path):
     """Each table is what its runs came to, whose settings are still those of the study; docs/study.md shows it."""
     data = json.loads(path.read_text())
@@ -226,7 +228,7 @@ def test_published_studies(path):
     text = path.with_suffix(".md").read_text()
     assert text == study.markdown(data) + "\n"
     page = (RESULTS.parents[1] / "docs" / "study.md").read_text()
-    assert text.partition("\n\n")[0] in page and f"{path.stem}.svg" in page
+    assert text.partition("\n\n")[0] in page and f"/{path.parent.name}/{path.stem}.svg" in page
     for row in data["rows"]:
         for run in row["runs"]:
             config = study._config(
@@ -235,8 +237,8 @@ def test_published_studies(path):
             folder = path.parent / "runs" / run["run"]
             assert Path(config.out).name == run["run"]
             assert not differences(read_config(str(folder / "config.yaml")), config)
-            name = study._result_name(rows[row["recipe"]].test, data["clock"])
-            assert run == json.loads((folder / name).read_text())
+            tested = study._result_name(rows[row["recipe"]].test, data["clock"])
+            assert run == json.loads((folder / tested).read_text())
             log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             assert [line["epoch"] for line in log] == list(range(1, run["epochs"] + 1))
             assert run["minutes"] == round(sum(line["seconds"] for line in log) / 60, 1)
