@@ -41,10 +41,8 @@ def test_the_same_tests_pass_with_every_set_of_kernels(kernels):
     environment = {"REID3D_NO_EXTENSION": "1"} if kernels == "torch" else {"REID3D_ISA": kernels}
     here = Path(__file__)
     tests = [path for path in here.parent.glob("test_*.py") if path.name not in (here.name, "test_sanitizers.py")]
-    # How an op is registered, and so what torch.compile makes of it, is the same for all instructions.
-    same = [] if kernels == "torch" else ["-k", "not opcheck and not compiles_into_one_graph"]
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", *sorted(tests), *same, "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *sorted(tests), "-q", "-p", "no:cacheprovider"],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
